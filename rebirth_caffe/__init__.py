@@ -1,0 +1,1 @@
+"""DeepRebirth for Caffe: rewrites trained Caffe networks into faster ones."""

@@ -1,0 +1,27 @@
+"""The one exception family. Every message is one line: where it is, what is wrong, what to do."""
+
+from __future__ import annotations
+
+
+class RebirthError(Exception):
+    """Something a person can mend. The command line prints ``error: <message>`` and exits with 2."""
+
+
+class PrototxtError(RebirthError):
+    """A prototxt that cannot be read; the message starts with ``file:line:``."""
+
+
+class WeightsError(RebirthError):
+    """A caffemodel that cannot be read or does not fit its net."""
+
+
+class NetError(RebirthError):
+    """A net whose layers do not fit together; the message names file:line or the layer."""
+
+
+class PlanError(RebirthError):
+    """A plan that is not well formed or does not fit the net it is applied to."""
+
+
+class EngineError(RebirthError):
+    """A runtime that is missing or refused a net; the message ends with what the runtime said."""
