@@ -1,0 +1,411 @@
+"""A Caffe net as a graph that can be written back byte for byte.
+
+A Net is the text of its file cut into pieces, some of them layers with their weights. What a layer reads
+and who reads it depends on phase, level and stages: a View is the net of one such state in single-assignment
+form (an in-place layer makes a new Value under the old blob name), a Graph the union over all states the
+file is meant for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, product
+from pathlib import Path
+
+from . import caffemodel, prototxt
+from .caffemodel import Blob, Record
+from .errors import NetError, WeightsError
+from .prototxt import Field, Message
+from .schema import caffe_pb2
+
+TRAIN, TEST = caffe_pb2.TRAIN, caffe_pb2.TEST
+
+
+class Layer:
+    """One ``layer { }`` of a file: its exact text, its typed parameters, its weights.
+
+    A layer is never changed; an edit makes a new one.
+    """
+
+    def __init__(self, text: str, tree: Message, *, path: str = "", line: int = 0, offset: int = 0) -> None:
+        self.text = text  # with the comments above it
+        self.tree = tree
+        self.path = path
+        self.line = line
+        self.offset = offset  # where ``text`` starts in the text the tree's spans count in
+        self.param = caffe_pb2.LayerParameter()
+        self.unknown: list[Field] = prototxt.to_message(tree, self.param, path)
+        self.record: Record | None = None
+
+    @classmethod
+    def from_text(cls, text: str, *, path: str = "", line: int = 0) -> Layer:
+        """A layer from a piece of prototxt that holds just it (and comments)."""
+        found = prototxt.parse(text, path or "<text>").fields
+        if len(found) != 1 or found[0].name != "layer" or not isinstance(found[0].value, Message):
+            raise NetError(f"{path or '<text>'}:{line}: expected exactly one layer {{ ... }}")
+        return cls(text, found[0].value, path=path, line=line)
+
+    def __repr__(self) -> str:
+        return f"<Layer {self.name!r} {self.type}>"
+
+    @property
+    def name(self) -> str:
+        return self.param.name
+
+    @property
+    def type(self) -> str:
+        return self.param.type
+
+    @cached_property
+    def bottom(self) -> tuple[str, ...]:
+        return tuple(self.param.bottom)
+
+    @cached_property
+    def top(self) -> tuple[str, ...]:
+        return tuple(self.param.top)
+
+    @property
+    def blobs(self) -> list[Blob]:
+        """The layer's weights; empty where it has none or none were given."""
+        return self.record.blobs if self.record is not None else []
+
+    @property
+    def where(self) -> str:
+        """``file:line: layer 'name'`` for messages."""
+        return f"{self.path}:{self.line}: layer '{self.name}'" if self.line else f"layer '{self.name}'"
+
+    @property
+    def comments(self) -> str:
+        """What stands above the layer in the file: blank lines and comments."""
+        return self.text[: self._field().start - self.offset]
+
+    def _field(self) -> Field:
+        """The ``layer { }`` field itself, in the coordinates of ``text``."""
+        found = prototxt.parse(self.text, self.path).fields[0]
+        return Field("layer", found.value, start=found.start + self.offset, end=found.end + self.offset)
+
+    def rewired(self, bottom: Sequence[str], top: Sequence[str]) -> Layer:
+        """This layer on other blobs; every other byte of it stays. Counts must not change."""
+        if len(bottom) != len(self.bottom) or len(top) != len(self.top):
+            raise NetError(f"{self.where}: rewired from {self.bottom}->{self.top} to {bottom}->{top}")
+        pieces, at = [], 0
+        wanted = {"bottom": iter(bottom), "top": iter(top)}
+        for f in self.tree.fields:
+            if f.name in wanted and isinstance(f.value, str):
+                new = prototxt.quote(next(wanted[f.name]))
+                if prototxt.unquote(f.value) != prototxt.unquote(new):
+                    pieces += [self.text[at : f.value_start - self.offset], new]
+                    at = f.value_end - self.offset
+        layer = Layer.from_text("".join(pieces) + self.text[at:], path=self.path, line=self.line)
+        if self.record is not None:
+            # The file's own bytes would carry the old wiring.
+            layer.record = Record(self.record.name, self.record.type, self.record.blobs)
+        return layer
+
+    def spec(self, index: int) -> caffe_pb2.ParamSpec:
+        """Training options of blob ``index``: Caffe's defaults where the file gives none."""
+        return self.param.param[index] if index < len(self.param.param) else caffe_pb2.ParamSpec()
+
+    def shared_params(self) -> list[str]:
+        """Names under which blobs of this layer may be shared with other layers."""
+        return [p.name for p in self.param.param if p.name]
+
+
+@dataclass(frozen=True)
+class State:
+    """What decides which layers are in a net (NetState)."""
+
+    phase: int = TEST
+    level: int = 0
+    stages: frozenset[str] = frozenset()
+
+    def includes(self, layer: Layer) -> bool:
+        """Caffe's rule: any ``include`` that is met, or no ``exclude`` that is met."""
+        p = layer.param
+        if p.include and p.exclude:
+            raise NetError(f"{layer.where}: include and exclude rules together; give only one kind")
+        if p.include:
+            return any(self._meets(rule) for rule in p.include)
+        return not any(self._meets(rule) for rule in p.exclude)
+
+    def _meets(self, rule: caffe_pb2.NetStateRule) -> bool:
+        return not (
+            (rule.HasField("phase") and rule.phase != self.phase)
+            or (rule.HasField("min_level") and self.level < rule.min_level)
+            or (rule.HasField("max_level") and self.level > rule.max_level)
+            or any(stage not in self.stages for stage in rule.stage)
+            or any(stage in self.stages for stage in rule.not_stage)
+        )
+
+    def __str__(self) -> str:
+        words = ["TRAIN" if self.phase == TRAIN else "TEST", *sorted(self.stages)]
+        return " ".join([*words, f"level {self.level}"] if self.level else words)
+
+
+@dataclass(eq=False)
+class Value:
+    """What one layer writes under a blob name, until another layer writes there again."""
+
+    name: str
+    producer: Layer | None  # None for an input of the net
+    index: int  # which top of the producer, or which input of the net
+    readers: list[tuple[Layer, int]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<Value {self.name!r} of {self.producer}>"
+
+
+class View:
+    """The net of one State in single-assignment form."""
+
+    def __init__(self, net: Net, state: State) -> None:
+        self.net = net
+        self.state = state
+        self.layers = [layer for layer in net.layers if state.includes(layer)]
+        self.inputs = [Value(name, None, i) for i, name in enumerate(net.header.input)]
+        self.bottoms: dict[Layer, list[Value]] = {}
+        self.tops: dict[Layer, list[Value]] = {}
+        current = {value.name: value for value in self.inputs}
+        for layer in self.layers:
+            for name in layer.bottom:
+                if name not in current:
+                    raise _MissingBottom(self, layer, name)
+            self.bottoms[layer] = [current[name] for name in layer.bottom]
+            for i, value in enumerate(self.bottoms[layer]):
+                value.readers.append((layer, i))
+            self.tops[layer] = [Value(name, layer, i) for i, name in enumerate(layer.top)]
+            for value in self.tops[layer]:
+                if value.name in current and value.name not in layer.bottom:
+                    before = current[value.name].producer
+                    raise NetError(
+                        f"{layer.where}: top '{value.name}' is already a top of "
+                        f"{before.where if before else 'the net itself'}; rename one of them"
+                    )
+                current[value.name] = value
+
+    @property
+    def values(self) -> Iterator[Value]:
+        """Every value, in the order it is written."""
+        return chain(self.inputs, *(self.tops[layer] for layer in self.layers))
+
+    @property
+    def outputs(self) -> list[Value]:
+        """Values nobody reads: the net's outputs."""
+        return [value for value in self.values if not value.readers]
+
+
+class _MissingBottom(NetError):
+    """A bottom nobody above produces, in one state."""
+
+    def __init__(self, view: View, layer: Layer, blob: str) -> None:
+        below = [x for x in view.layers if blob in x.top]
+        elsewhere = [x for x in view.net.layers if blob in x.top]
+        self.meant = bool(below) or not elsewhere  # otherwise the file is not meant for this state
+        if below:
+            message = (
+                f"bottom '{blob}' is produced only below, by {below[0].where}; "
+                "a cycle, or layers out of order: move the producer up"
+            )
+        elif elsewhere:
+            message = f"bottom '{blob}' is produced in another phase or stage only ({view.state})"
+        else:
+            message = f"bottom '{blob}' is the top of no layer and no input; correct the name or add it"
+        super().__init__(f"{layer.where}: {message}")
+
+
+class Graph:
+    """Who reads what, over every state the file is meant for."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.views: list[View] = []
+        refused: list[NetError] = []
+        for state in _states(net):
+            try:
+                view = View(net, state)
+            except _MissingBottom as error:
+                if error.meant:
+                    raise
+                refused.append(error)
+                continue
+            if view.layers and all(view.layers != other.layers for other in self.views):
+                self.views.append(view)
+        if not self.views:
+            raise refused[0] if refused else NetError(f"{net.path}: holds no layers; is it a solver?")
+        self._readers: dict[tuple[Layer, int], list[tuple[Layer, int]]] = {}
+        self._producers: dict[tuple[Layer, int], list[Layer | None]] = {}
+        for view in self.views:
+            for value in view.values:
+                if value.producer is not None:
+                    readers = self._readers.setdefault((value.producer, value.index), [])
+                    readers += [reader for reader in value.readers if reader not in readers]
+                for reader in value.readers:
+                    producers = self._producers.setdefault(reader, [])
+                    if value.producer not in producers:
+                        producers.append(value.producer)
+
+    def readers(self, layer: Layer, top: int = 0) -> list[tuple[Layer, int]]:
+        """Every (layer, bottom index) that reads this top in some state."""
+        return self._readers.get((layer, top), [])
+
+    def producers(self, layer: Layer, bottom: int = 0) -> list[Layer | None]:
+        """Every layer that produces this bottom in some state; None stands for an input of the net."""
+        return self._producers.get((layer, bottom), [])
+
+    def view(self, phase: int) -> View:
+        """The view for a phase: the plainest one there is, of the other phase if this one has none."""
+        return next((view for view in self.views if view.state.phase == phase), self.views[0])
+
+    def same_views(self, a: Layer, b: Layer) -> bool:
+        """Whether two layers are in the same views."""
+        return all((a in view.bottoms) == (b in view.bottoms) for view in self.views)
+
+
+def _states(net: Net) -> Iterator[State]:
+    """The states a file distinguishes: both phases, each level and each stage it names."""
+    rules = [r for layer in net.layers for r in chain(layer.param.include, layer.param.exclude)]
+    own = net.header.state
+    levels = sorted({0, own.level} | {r.min_level for r in rules} | {r.max_level for r in rules})
+    stages = sorted({stage for r in rules for stage in chain(r.stage, r.not_stage)})
+    sets = [frozenset(own.stage), *(frozenset({*own.stage, stage}) for stage in stages)]
+    for level, stage_set, phase in product(levels, sets, (TEST, TRAIN)):
+        yield State(phase, level, stage_set)
+
+
+class Net:
+    """A prototxt with, optionally, its weights. Edits make a new Net."""
+
+    def __init__(self, path: str, items: Iterable[Layer | str], header: caffe_pb2.NetParameter) -> None:
+        self.path = path
+        self.items = list(items)
+        self.header = header  # everything but the layers
+        self.strangers: list[Record] = []  # weights of layers this net does not have
+
+    @classmethod
+    def load(cls, prototxt_path: Path | str, weights: Path | str | None = None) -> Net:
+        """Read a net and, if given, its weights.
+
+        Raises PrototxtError, NetError or WeightsError with the place and what to do.
+        """
+        path = Path(prototxt_path)
+        net = cls.parse(prototxt.read_text(path), path)
+        return net.with_weights(weights) if weights is not None else net
+
+    @classmethod
+    def parse(cls, text: str, path: Path | str = "<text>") -> Net:
+        """Read a net from text."""
+        items: list[Layer | str] = []
+        header_fields = Message()
+        at = 0
+        for f in prototxt.parse(text, path).fields:
+            rest = _REST_OF_LINE.match(text, f.end)
+            end = rest.end() if rest else f.end
+            if f.name == "layers":
+                raise NetError(
+                    f"{path}:{f.line}: 'layers' is the format of 2013; "
+                    "upgrade the file with Caffe's upgrade_net_proto_text"
+                )
+            if f.name == "layer":
+                if not isinstance(f.value, Message):
+                    raise NetError(f"{path}:{f.line}: layer holds a message; write layer {{ ... }}")
+                items.append(Layer(text[at:end], f.value, path=str(path), line=f.line, offset=at))
+            else:
+                items.append(text[at:end])
+                header_fields.fields.append(f)
+            at = end
+        items.append(text[at:])
+        header = caffe_pb2.NetParameter()
+        unknown = prototxt.to_message(header_fields, header, path)
+        net = cls(str(path), items, header)
+        if not net.layers:
+            hint = f" ('{unknown[0].name}' at line {unknown[0].line} is no field of a net)" if unknown else ""
+            raise NetError(f"{path}: holds no layer{hint}; give a deploy or train_val prototxt")
+        return net
+
+    @property
+    def name(self) -> str:
+        return self.header.name or Path(self.path).stem
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        return [item for item in self.items if isinstance(item, Layer)]
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The graph of this net. Raises NetError for a missing bottom, a cycle, a top written twice."""
+        return Graph(self)
+
+    def layer(self, name: str) -> Layer:
+        """The layer called ``name``. Raises NetError where there is none, or more than one."""
+        found = [layer for layer in self.layers if layer.name == name]
+        if len(found) != 1:
+            raise NetError(
+                f"{self.path}: {'no layer is' if not found else f'{len(found)} layers are'} called '{name}'"
+            )
+        return found[0]
+
+    @property
+    def newline(self) -> str:
+        """The line ending the file uses."""
+        return "\r\n" if "\r\n" in self.layers[0].text else "\n"
+
+    def text(self) -> str:
+        """The whole file: an unchanged net gives exactly what was read."""
+        return "".join(item if isinstance(item, str) else item.text for item in self.items)
+
+    def write(self, path: Path) -> None:
+        """Write the prototxt."""
+        path.write_bytes(prototxt.encode(self.text()))
+
+    def edited(self, items: Iterable[Layer | str]) -> Net:
+        """A net of other pieces under the same header."""
+        net = Net(self.path, items, self.header)
+        net.strangers = self.strangers
+        return net
+
+    def replace(self, swap: Callable[[Layer], Iterable[Layer]]) -> Net:
+        """A net in which every layer is replaced by what ``swap`` gives for it."""
+        items: list[Layer | str] = []
+        for item in self.items:
+            items += [item] if isinstance(item, str) else list(swap(item))
+        return self.edited(items)
+
+    # ---- weights ------------------------------------------------------------------------------------------
+
+    def with_weights(self, path: Path | str) -> Net:
+        """This net with the weights of a caffemodel, matched by layer name as Caffe does.
+
+        Raises WeightsError where a blob does not fit its layer, or nothing fits at all.
+        """
+        from .shapes import check_weights
+
+        weights = caffemodel.read(path)
+        by_name = weights.by_name()
+        names = {layer.name for layer in self.layers}
+
+        def load(layer: Layer) -> list[Layer]:
+            loaded = Layer(layer.text, layer.tree, path=layer.path, line=layer.line, offset=layer.offset)
+            loaded.record = by_name.get(layer.name)
+            return [loaded]
+
+        net = self.replace(load)
+        if not any(layer.blobs for layer in net.layers):
+            raise WeightsError(f"{path}: no layer with weights is called as one of {self.path}; wrong pair?")
+        net.strangers = [r for r in weights.records if r.name not in names and r.blobs]
+        check_weights(net, path)
+        return net
+
+    def write_weights(self, path: Path) -> None:
+        """Write the weights of every layer, in current storage; unchanged layers keep their bytes."""
+        records: dict[str, tuple[bytes, Record]] = {}
+        for layer in self.layers:
+            record = layer.record or Record(layer.name, layer.type, [])
+            if layer.name not in records or record.blobs:
+                records[layer.name] = (layer.param.SerializeToString(), record)
+        caffemodel.write(path, self.name, records.values())
+
+
+_REST_OF_LINE = re.compile(r"[ \t\r]*[,;]?[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)")
