@@ -8,21 +8,22 @@ arrays follow as little-endian float32 bytes. The first request opens the net, e
 of the backend. A reply is ``{"result": ...}`` or ``{"error": "..."}``. Caffe prints on stdout and aborts the
 process on a failed check: what it said is then in stderr.
 """
-# ruff: noqa: UP
+# ruff: noqa: B905, UP006, UP032, UP035, UP045, PTH100, PTH120
 
 import json
 import os
 import re
+import resource
 import sys
 import time
 import types
 from collections import OrderedDict
-from typing import Any, BinaryIO, Dict, List, Optional, Sequence, Tuple
+from typing import IO, Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 
-def send(stream: BinaryIO, message: Dict[str, Any], arrays: "Sequence[Tuple[str, Any]]" = ()) -> None:
+def send(stream: IO[bytes], message: Dict[str, Any], arrays: "Sequence[Tuple[str, Any]]" = ()) -> None:
     """Write one message and its arrays (name, array), which travel as float32."""
     data = [(name, np.ascontiguousarray(array, "<f4")) for name, array in arrays]
     if data:
@@ -33,7 +34,7 @@ def send(stream: BinaryIO, message: Dict[str, Any], arrays: "Sequence[Tuple[str,
     stream.flush()
 
 
-def receive(stream: BinaryIO) -> "Tuple[Dict[str, Any], Dict[str, Any]]":
+def receive(stream: IO[bytes]) -> "Tuple[Dict[str, Any], Dict[str, Any]]":
     """Read one message and its arrays by name. Raises EOFError where the other side has gone."""
     line = stream.readline()
     if not line.endswith(b"\n"):
@@ -56,7 +57,7 @@ class Refusal(Exception):
 class Backend:
     """One open net. ``inputs`` are the blobs the caller fills: name -> shape."""
 
-    inputs = OrderedDict()  # type: Dict[str, Tuple[int, ...]]
+    inputs = {}  # type: Dict[str, Tuple[int, ...]]  # noqa: RUF012  every backend sets its own
     warm = False  # True once the current outputs have been computed once: nothing is left to allocate
     resident_before = 0  # bytes resident before the net was opened
 
@@ -90,16 +91,22 @@ class Backend:
         noise = np.random.RandomState(0)
         for name, shape in self.inputs.items():
             label = int(np.prod(shape)) == shape[0]
-            self.set_input(name, np.zeros(shape, "f4") if label else noise.standard_normal(shape).astype("f4"))
+            self.set_input(
+                name, np.zeros(shape, "f4") if label else noise.standard_normal(shape).astype("f4")
+            )
 
     def forward(self, inputs: Dict[str, Any], names: Optional[List[str]]) -> "List[Tuple[str, Any]]":
         if inputs and set(inputs) != set(self.inputs):
-            raise Refusal("the net's inputs are {}, given were {}".format(
-                ", ".join(self.inputs), ", ".join(inputs)))
+            raise Refusal(
+                "the net's inputs are {}, given were {}".format(", ".join(self.inputs), ", ".join(inputs))
+            )
         for name, array in inputs.items():
             if array.shape != tuple(self.inputs[name]):
-                raise Refusal("input {} has shape {}, the net takes {}".format(
-                    name, array.shape, tuple(self.inputs[name])))
+                raise Refusal(
+                    "input {} has shape {}, the net takes {}".format(
+                        name, array.shape, tuple(self.inputs[name])
+                    )
+                )
             self.set_input(name, array)
         if not inputs:
             self.randomise()
@@ -212,6 +219,14 @@ class OpenCVBackend(Backend):
         self.writers = OrderedDict((blob, (layer, top)) for blob, layer, top in request["values"])
         self.outputs = request["outputs"]
         self.given = {}  # type: Dict[str, Any]
+        # OpenCV makes its layers when they are first wanted; here it can still be said which one it refuses.
+        self.layers = []  # type: List[Tuple[str, str, int]]
+        for name in self.net.getLayerNames():
+            number = self.net.getLayerId(name)
+            try:
+                self.layers.append((name, self.net.getLayer(number).type, number))
+            except cv2.error as error:
+                raise Refusal("layer '{}': {}".format(name, reason(error))) from None
         self.randomise()
 
     def set_input(self, name: str, array: Any) -> None:
@@ -247,13 +262,15 @@ class OpenCVBackend(Backend):
     def profile(self) -> "List[Tuple[str, str, float]]":
         self.run()
         ticks = np.ravel(self.net.getPerfProfile()[1]).tolist()
-        names = self.net.getLayerNames()
-        kinds = [self.net.getLayer(self.net.getLayerId(name)).type for name in names]
-        return [(name, kind, tick / self.cv2.getTickFrequency()) for name, kind, tick in zip(names, kinds, ticks)]
+        frequency = self.cv2.getTickFrequency()
+        return [(name, kind, tick / frequency) for (name, kind, _), tick in zip(self.layers, ticks)]
 
     def blob_bytes(self) -> "Tuple[int, int]":
-        weights, blobs = self.net.getMemoryConsumption([list(shape) for shape in self.inputs.values()])
-        return int(weights), int(blobs)
+        # Layer 0 is the inputs. (The form for the whole net takes only one input.)
+        shapes = [list(shape) for shape in self.inputs.values()]
+        ids = [0] + [number for _, _, number in self.layers]
+        pairs = [self.net.getMemoryConsumption(number, shapes) for number in ids]
+        return sum(int(weights) for weights, _ in pairs), sum(int(blobs) for _, blobs in pairs)
 
 
 BACKENDS = {"caffe": CaffeBackend, "opencv": OpenCVBackend}  # type: Dict[str, Any]
@@ -267,8 +284,11 @@ def import_caffe(python_layers: bool = False) -> Any:
     import caffe
 
     if not hasattr(caffe, "Net"):
-        raise ImportError("{} has no Net: not Caffe's module (PyPI's caffe is an empty placeholder)".format(
-            getattr(caffe, "__file__", None) or "its caffe module"))
+        raise ImportError(
+            "{} has no Net: not Caffe's module (PyPI's caffe is an empty placeholder)".format(
+                getattr(caffe, "__file__", None) or "its caffe module"
+            )
+        )
     return caffe
 
 
@@ -293,14 +313,14 @@ def reset_peak() -> int:
 
 
 def reason(error: BaseException) -> str:
-    """One line of an exception: what OpenCV said without where in its sources, a plain exception with its type."""
+    """One line of an exception: OpenCV's without where in its sources, a plain one with its type."""
     text = " ".join(str(getattr(error, "err", "") or error).split())
     if isinstance(error, Refusal) or hasattr(error, "err"):
         return text
     return "{}: {}".format(type(error).__name__, text)
 
 
-def serve(requests: BinaryIO, replies: BinaryIO) -> None:
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     """Open the net of the first request, then answer until the other side closes the pipe."""
     backend = None  # type: Any
     while True:
@@ -328,6 +348,7 @@ def main() -> None:
     if sys.argv[1:] == ["--probe"]:
         print(getattr(import_caffe(), "__version__", "of unknown version"))
         return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a failed check of Caffe's aborts the process
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a runtime prints must not end up between the replies
     serve(sys.stdin.buffer, replies)
