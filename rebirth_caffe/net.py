@@ -91,6 +91,8 @@ class Layer:
         """This layer on other blobs; every other byte of it stays. Counts must not change."""
         if len(bottom) != len(self.bottom) or len(top) != len(self.top):
             raise NetError(f"{self.where}: rewired from {self.bottom}->{self.top} to {bottom}->{top}")
+        if (tuple(bottom), tuple(top)) == (self.bottom, self.top):
+            return self
         pieces, at = [], 0
         wanted = {"bottom": iter(bottom), "top": iter(top)}
         for f in self.tree.fields:
@@ -334,13 +336,20 @@ class Net:
         return [item for item in self.items if isinstance(item, Layer)]
 
     @cached_property
+    def _named(self) -> dict[str, list[Layer]]:
+        named: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            named.setdefault(layer.name, []).append(layer)
+        return named
+
+    @cached_property
     def graph(self) -> Graph:
         """The graph of this net. Raises NetError for a missing bottom, a cycle, a top written twice."""
         return Graph(self)
 
     def layer(self, name: str) -> Layer:
         """The layer called ``name``. Raises NetError where there is none, or more than one."""
-        found = [layer for layer in self.layers if layer.name == name]
+        found = self._named.get(name, [])
         if len(found) != 1:
             raise NetError(
                 f"{self.path}: {'no layer is' if not found else f'{len(found)} layers are'} called '{name}'"

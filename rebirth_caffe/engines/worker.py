@@ -25,7 +25,7 @@ import numpy as np
 
 def send(stream: IO[bytes], message: Dict[str, Any], arrays: "Sequence[Tuple[str, Any]]" = ()) -> None:
     """Write one message and its arrays (name, array), which travel as float32."""
-    data = [(name, np.ascontiguousarray(array, "<f4")) for name, array in arrays]
+    data = [(name, np.asarray(array, "<f4")) for name, array in arrays]
     if data:
         message = dict(message, arrays=[[name, list(np.shape(array))] for name, array in data])
     stream.write(json.dumps(message).encode() + b"\n")
@@ -234,9 +234,15 @@ class OpenCVBackend(Backend):
         self.net.setInput(array, name)
 
     def fetch(self, names: List[str]) -> "Dict[str, Any]":
-        layers = list(OrderedDict.fromkeys(self.writers[name][0] for name in names))
-        found = dict(zip(layers, self.net.forwardAndRetrieve(layers)))
-        return {name: found[self.writers[name][0]][self.writers[name][1]] for name in names}
+        first = [name for name in names if self.writers[name][1] == 0]
+        layers = list(OrderedDict.fromkeys(self.writers[name][0] for name in first))
+        found = dict(zip(layers, self.net.forwardAndRetrieve(layers))) if layers else {}
+        values = {name: found[self.writers[name][0]][0] for name in first}
+        # A layer's further tops are overwritten by what is computed after it, so nothing must be.
+        for name in set(names) - set(first):
+            layer, top = self.writers[name]
+            values[name] = self.net.forwardAndRetrieve([layer])[0][top]
+        return values
 
     def run(self) -> None:
         self.fetch(self.outputs)

@@ -1,0 +1,208 @@
+"""Weights for reborn layers: ``xavier`` (noise) or ``inherit`` (the absorbed kernels where they belong).
+
+Inherit, for each range of output channels (``Rows``) of a reborn convolution:
+- from the layer it is made after: its kernel at its place in the new one, zero around it; of a reducer that
+  shrank the channels that carry most weight into what they feed;
+- from an absorbed branch: that branch's kernel as a function of the merge's input, seen through what is left
+  of the absorber's own reducers: W_branch pinv(W_reducer), centred;
+- from the input itself, passed on by an absorbed pool: the identity, likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..caffemodel import Array
+from ..merge import IN, Merge, Rows, Spec
+from ..net import Layer, Net
+from ..schema import caffe_pb2
+from .fill import XAVIER, fill, generator
+
+
+@dataclass
+class _Blob:
+    """What is known of a blob inside the merge.
+
+    ``matrix`` (channels x input channels) is its linear dependence on the merge's input, None for the input
+    itself; ``chosen`` the original channels left of it, None for all.
+    """
+
+    channels: int | None
+    matrix: Array | None = None
+    chosen: Array | None = None
+
+
+def reborn(net: Net, merge: Merge, method: str, seed: int) -> dict[str, list[Array]]:
+    """Blobs of every reborn layer of ``merge``; layers made after one without weights are left out."""
+    blobs: dict[str, _Blob] = {IN: _Blob(None)}
+    out: dict[str, list[Array]] = {}
+    for spec in merge.becomes:
+        layer = net.layer(spec.like)
+        source = blobs.get(spec.bottom[0], _Blob(None))
+        if layer.type not in ("Convolution", "InnerProduct"):
+            blobs[spec.top[0]] = source
+            continue
+        if not layer.blobs:
+            blobs[spec.top[0]] = _Blob(spec.num_output)
+            continue
+        weight, bias = _own(layer)
+        chosen = None
+        if not spec.kept:
+            if method == "inherit":
+                weight, bias, chosen = _inherit(net, merge, spec, source, seed)
+            else:
+                weight, bias = _xavier(layer, spec, source, seed)
+            stored = weight.T if _transposed(layer) else weight
+            out[spec.name] = [np.ascontiguousarray(stored), bias][: len(layer.blobs)]
+        blobs[spec.top[0]] = _Blob(len(weight), _dc(weight, source.matrix, _group(layer)), chosen)
+    return out
+
+
+def _group(layer: Layer) -> int:
+    return int(layer.param.convolution_param.group) if layer.type == "Convolution" else 1
+
+
+def _transposed(layer: Layer) -> bool:
+    return layer.type == "InnerProduct" and layer.param.inner_product_param.transpose
+
+
+def _own(layer: Layer) -> tuple[Array, Array]:
+    """Weight (outputs first) and bias (zeros where there is none) of a layer."""
+    weight = layer.blobs[0].array
+    weight = weight.reshape(weight.shape[-2:] if layer.type == "InnerProduct" else weight.shape[-4:])
+    if _transposed(layer):
+        weight = weight.T
+    has_bias = len(layer.blobs) > 1
+    bias = layer.blobs[1].array.reshape(-1) if has_bias else np.zeros(len(weight), np.float32)
+    return weight, bias
+
+
+def _dc(weight: Array, below: Array | None, group: int) -> Array | None:
+    """A layer's response to constant images, as a matrix over the merge's input channels."""
+    if group > 1 or weight.ndim != 4:
+        return None
+    taps: Array = weight.sum(axis=(2, 3))
+    return taps if below is None else taps @ below
+
+
+def _fillers(layer: Layer) -> caffe_pb2.FillerParameter:
+    p = layer.param.convolution_param if layer.type == "Convolution" else layer.param.inner_product_param
+    return p.bias_filler
+
+
+def _xavier(layer: Layer, spec: Spec, source: _Blob, seed: int) -> tuple[Array, Array]:
+    """The paper's start: a xavier weight, the bias from the layer's own filler."""
+    weight, _ = _own(layer)
+    random = generator(seed, spec.name)
+    n = spec.num_output or len(weight)
+    inputs = weight.shape[1] if source.channels is None else source.channels // _group(layer)
+    shape = (n, inputs, *(spec.kernel or ())) if weight.ndim == 4 else (n, weight.shape[1])
+    return fill(XAVIER, shape, random), fill(_fillers(layer), (n,), random)
+
+
+def _inherit(
+    net: Net, merge: Merge, spec: Spec, source: _Blob, seed: int
+) -> tuple[Array, Array, Array | None]:
+    """Weight, bias and, of a shrunk reducer, the channels that stayed."""
+    layer = net.layer(spec.like)
+    weight, bias = _own(layer)
+    if weight.ndim != 4:
+        return weight.copy(), bias.copy(), None
+    new_weight, new_bias = _xavier(layer, spec, source, seed)
+    n = len(new_weight)
+    chosen: Array | None = None
+    at = 0
+    for rows in spec.rows:
+        if rows.layer == spec.like:
+            own, own_bias = weight, bias
+            if source.chosen is not None:
+                own = own[:, source.chosen]
+            if len(spec.rows) == 1 and n < len(own):
+                chosen = _strongest(net, merge, spec, own, n)
+                own, own_bias = own[chosen], own_bias[chosen]
+        else:
+            found = _branch(net, merge, rows.layer, source)
+            if found is None:  # nothing to inherit from: the filler's values stay
+                at += _width(net, rows.layer)
+                continue
+            own, own_bias = found
+        own, own_bias = own[: n - at], own_bias[: n - at]
+        if own.shape[1] == new_weight.shape[1]:
+            new_weight[at : at + len(own)] = _placed(own, rows, new_weight.shape[2:])
+            new_bias[at : at + len(own)] = own_bias
+        at += len(own)
+    return new_weight, new_bias, chosen
+
+
+def _width(net: Net, name: str) -> int:
+    return 0 if name == IN else int(net.layer(name).param.convolution_param.num_output)
+
+
+def _placed(kernel: Array, rows: Rows, size: tuple[int, ...]) -> Array:
+    """``kernel`` in a larger (or, by hand, smaller) one, zero around it."""
+    out = np.zeros((*kernel.shape[:2], *size), np.float32)
+    cut = []
+    for axis in (0, 1):
+        k, new = kernel.shape[2 + axis], size[axis]
+        corner = (new - k) // 2 if rows.at is None else rows.at[axis]
+        corner = min(max(corner, min(0, new - k)), max(0, new - k))
+        first = max(0, -corner)
+        cut.append((slice(max(corner, 0), max(corner, 0) + min(k, new)), slice(first, first + min(k, new))))
+    out[:, :, cut[0][0], cut[1][0]] = kernel[:, :, cut[0][1], cut[1][1]]
+    return out
+
+
+def _strongest(net: Net, merge: Merge, spec: Spec, weight: Array, n: int) -> Array:
+    """The n output channels with the largest |weights in| x |weights out|, in order."""
+    strength = np.linalg.norm(weight.reshape(len(weight), -1), axis=1)
+    reader = _reader(merge.becomes, spec)
+    feeds = net.layer(reader.like).blobs if reader is not None else []
+    if feeds and feeds[0].array.ndim == 4 and feeds[0].shape[1] == len(weight):
+        strength = strength * np.linalg.norm(
+            feeds[0].array.transpose(1, 0, 2, 3).reshape(len(weight), -1), axis=1
+        )
+    return np.sort(np.argsort(-strength, kind="stable")[:n])
+
+
+def _reader(specs: Iterable[Spec], spec: Spec) -> Spec | None:
+    """The next convolution of the branch."""
+    return next((s for s in specs if s.bottom[0] == spec.top[0] and s.num_output is not None), None)
+
+
+def _branch(net: Net, merge: Merge, name: str, source: _Blob) -> tuple[Array, Array] | None:
+    """An absorbed branch's kernel over the absorber's input (outputs x source channels x kh x kw)."""
+    if name == IN:
+        if source.matrix is None:
+            return None
+        weight = np.eye(source.matrix.shape[1], dtype=np.float32)[:, :, None, None]
+        bias = np.zeros(len(weight), np.float32)
+    else:
+        chain = _upwards(net, merge, name)
+        if not all(layer.blobs and _group(layer) == 1 for layer in chain):
+            return None
+        weight, bias = _own(chain[0])
+        for below in chain[1:]:
+            inner, inner_bias = _own(below)
+            taps = weight.sum(axis=(2, 3))
+            bias = bias + taps @ inner_bias
+            weight = np.einsum("oihw,ij->ojhw", weight, inner.sum(axis=(2, 3)))
+    if source.matrix is not None:
+        weight = np.einsum("oihw,ij->ojhw", weight, np.linalg.pinv(source.matrix))
+    return weight.astype(np.float32), bias.astype(np.float32)
+
+
+def _upwards(net: Net, merge: Merge, name: str) -> list[Layer]:
+    """The convolutions of an absorbed branch, from its last one up to the merge's input."""
+    group = set(merge.layers)
+    chain, layer = [], net.layer(name)
+    while layer.name in group:
+        if layer.type == "Convolution":
+            chain.append(layer)
+        above = net.graph.producers(layer)[0]
+        if above is None:
+            break
+        layer = above
+    return chain
