@@ -9,14 +9,15 @@ from collections.abc import Callable
 from .errors import RebirthError
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a command's ``main`` and exit with its status.
+def run(main: Callable[[], object]) -> None:
+    """Run a command's ``main``.
 
     Bad input (RebirthError, OSError) prints ``error: ...`` on one line and exits with 2, an interrupt
     exits with 130, and a closed pipe ends quietly.
     """
     try:
-        sys.exit(main() or 0)
+        main()
+        sys.exit(0)
     except RebirthError as error:
         fail(str(error))
     except BrokenPipeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def fill(filler: Filler, shape: Shape, random: Generator) -> Array:
     """
     if filler.type not in _FILLERS:
         raise NetError(f"unknown filler type '{filler.type}'; one of {', '.join(sorted(_FILLERS))}")
-    return _FILLERS[filler.type](filler, shape, random).astype(np.float32)
+    return _FILLERS[filler.type](filler, shape, random)
 
 
 def _fan(filler: Filler, shape: Shape) -> float:
@@ -68,8 +69,8 @@ def _msra(filler: Filler, shape: Shape, random: Generator) -> Array:
 
 
 def _positive_unitball(_: Filler, shape: Shape, random: Generator) -> Array:
-    values = random.random((shape[0], math.prod(shape[1:])))
-    return (values / values.sum(axis=1, keepdims=True)).reshape(shape).astype(np.float32)
+    values: Array = random.random((shape[0], math.prod(shape[1:])), np.float32)
+    return (values / values.sum(axis=1, keepdims=True)).reshape(shape)
 
 
 def _bilinear(_: Filler, shape: Shape, __: Generator) -> Array:
@@ -104,7 +105,9 @@ def fill_missing(net: Net, seed: int = 0) -> None:
             continue
         random = generator(seed, layer.name)
         if layer.type == "BatchNorm":
-            arrays = [np.zeros(shapes[0]), np.ones(shapes[1]), np.ones(shapes[2])]
+            arrays = [
+                np.full(shape, value, np.float32) for shape, value in zip(shapes, (0, 1, 1), strict=True)
+            ]
         else:
             arrays = [
                 fill(f, shape, random) for f, shape in zip(_fillers(layer.param, shapes), shapes, strict=True)
@@ -117,14 +120,15 @@ def _fillers(param: caffe_pb2.LayerParameter, shapes: list[Shape]) -> list[Fille
     one = Filler(type="constant", value=1)
     zero = Filler(type="constant", value=0)
     kind = param.type
-    if kind in ("Convolution", "Deconvolution", "InnerProduct", "Embed"):
-        p = {
-            "Convolution": param.convolution_param,
-            "Deconvolution": param.convolution_param,
-            "InnerProduct": param.inner_product_param,
-            "Embed": param.embed_param,
-        }[kind]
-        return [p.weight_filler if p.HasField("weight_filler") else XAVIER, p.bias_filler][: len(shapes)]
+    weighted: Any = {
+        "Convolution": param.convolution_param,
+        "Deconvolution": param.convolution_param,
+        "InnerProduct": param.inner_product_param,
+        "Embed": param.embed_param,
+    }.get(kind)
+    if weighted is not None:
+        weight = weighted.weight_filler if weighted.HasField("weight_filler") else XAVIER
+        return [weight, weighted.bias_filler][: len(shapes)]
     if kind == "Scale":
         s = param.scale_param
         own = s.filler if s.HasField("filler") else one

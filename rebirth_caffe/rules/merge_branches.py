@@ -95,8 +95,8 @@ def _block(
         found.refused.append(Refusal((concat.name, *(x.name for x in tail.beyond)), tail.refusal))
     heads = list(branches)
     refused = _absorb(heads)
-    for branch, reason in refused:
-        found.refused.append(Refusal(tuple(x.name for x in branch.layers) or (concat.name,), reason))
+    for branch, why in refused:
+        found.refused.append(Refusal(tuple(x.name for x in branch.layers) or (concat.name,), why))
     if len(heads) == len(branches) and not tail.layers:
         if not refused:
             found.refused.append(
@@ -120,10 +120,6 @@ def _block(
             found.refused.append(Refusal((concat.name,), merge))
         return
     taken.update([concat, *everything, *tail.layers])
-    if not merge.enabled:
-        found.refused.append(
-            Refusal(merge.absorbs, f"{merge.note}; enable '{_id(m, everything)}' in the plan")
-        )
     blocks.append((concat, merge))
 
 
@@ -143,12 +139,12 @@ def _branches(m: Matcher, concat: Layer) -> list[Branch] | str:
             producers = m.graph.producers(reader, index)
             if len(producers) != 1:
                 return f"its bottom {i} has different producers in different phases"
-            layer = producers[0]
-            if layer is None or not _part_of_a_branch(m, layer, reader):
-                forks.append((layer, _top_index(layer, reader.bottom[index])))
+            above = producers[0]
+            if above is None or not _part_of_a_branch(m, above, reader):
+                forks.append((above, _top_index(above, reader.bottom[index])))
                 break
-            layers.insert(0, layer)
-            reader, index = layer, 0
+            layers.insert(0, above)
+            reader, index = above, 0
         shape = m.input_shapes.get((concat, i))
         if shape is None or len(shape) != 4:
             return f"the size of '{concat.bottom[i]}' is not known, or not 2-D"
@@ -156,7 +152,7 @@ def _branches(m: Matcher, concat: Layer) -> list[Branch] | str:
     if any(fork != forks[0] for fork in forks):
         if not any(branch.convs for branch in branches):
             return branches
-        names = sorted({layer.name if layer is not None else "the input" for layer, _ in forks})
+        names = sorted({fork.name if fork is not None else "the input" for fork, _ in forks})
         return f"its branches start from different layers: {', '.join(names[:4])}"
     if not branches:
         return "it has no bottoms"
@@ -190,7 +186,7 @@ def _window(m: Matcher, layers: list[Layer]) -> int:
 
 
 def _absorb(heads: list[Branch]) -> list[tuple[Branch, str]]:
-    """Steps 1 and 2: pool and 1x1 branches move into a neighbour. ``heads`` is left with those that remain."""
+    """Steps 1 and 2: pool and 1x1 branches move into a neighbour; ``heads`` keeps those that remain."""
     refused = []
     pooled = [b for b in heads if b.pooled]
     small = [b for b in heads if not b.pooled and b.convs and b.window == 1]
@@ -425,7 +421,10 @@ def _name_stages(m: Matcher, blocks: list[tuple[Layer, Merge]], found: Findings)
         alike = ids[start:i]
         stage = f"{alike[0]}-{alike[-1]}" if len(alike) >= RUN else ""
         for j in range(start, i):
-            found.merges.append(replace(blocks[j][1], id=ids[j], stage=stage or ids[j]))
+            merge = blocks[j][1]
+            found.merges.append(replace(merge, id=ids[j], stage=stage or ids[j]))
+            if not merge.enabled:
+                found.refused.append(Refusal(merge.absorbs, f"{merge.note}; enable '{ids[j]}' in the plan"))
         start = i
 
 

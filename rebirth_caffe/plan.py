@@ -1,0 +1,540 @@
+"""The plan: which merges, in which order, in which training steps. Proposed by rules, edited by people.
+
+``propose`` asks the rules, ``apply`` is the one place that edits a net, ``dump``/``load`` are plan.yaml.
+Merges are applied in the plan's order; as many as do not touch each other go in one pass over the net.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .caffemodel import Blob, Record
+from .errors import NetError, PlanError
+from .merge import EXACT_KINDS, IN, KINDS, OUT, Merge, Refusal, Rows, Spec
+from .net import Graph, Layer, Net
+from .prototxt import Field, Message, quote, render
+from .shapes import infer
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ordered list of merges for one net."""
+
+    net: str
+    merges: tuple[Merge, ...]
+
+    @property
+    def active(self) -> list[Merge]:
+        """The merges to apply: enabled, and not replaced by another that is."""
+        replaced = {merge.instead_of for merge in self.merges if merge.enabled and merge.instead_of}
+        return [merge for merge in self.merges if merge.enabled and merge.id not in replaced]
+
+    @property
+    def stages(self) -> list[str]:
+        """The training steps, from bottom to top."""
+        return list(dict.fromkeys(merge.stage for merge in self.active if merge.stage))
+
+    def until(self, stage: str) -> Plan:
+        """The plan as far as the end of a training step: what a net has become by then.
+
+        Raises PlanError for a stage this plan does not have.
+        """
+        if stage not in self.stages:
+            raise PlanError(f"no training step is called '{stage}'; there are {', '.join(self.stages)}")
+        done = self.stages[: self.stages.index(stage) + 1]
+        return Plan(self.net, tuple(m for m in self.active if not m.stage or m.stage in done))
+
+
+@dataclass
+class Proposal:
+    """A plan and the candidates that did not make it."""
+
+    plan: Plan
+    refused: list[Refusal] = field(default_factory=list)
+
+
+# ---- proposing --------------------------------------------------------------------------------------------
+
+
+def propose(
+    net: Net,
+    kernel: str = "keep",
+    reduce: float = 0.5,
+    exact: bool = False,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Proposal:
+    """Ask every rule: exact ones first, the others on the net those leave.
+
+    ``only`` and ``skip`` name merges or training steps. Merges that are left out stay in the plan, disabled.
+    Raises PlanError for a name the plan does not have.
+    """
+    from .derive import is_trainable
+    from .rules import Options, drop_dropout, fold_batchnorm, merge_branches, merge_streamline
+    from .rules.match import Matcher
+
+    options = Options(kernel, reduce)
+    matcher = Matcher(net)
+    found = fold_batchnorm.propose(matcher)
+    if not is_trainable(net):
+        dropped = drop_dropout.propose(matcher)
+        found.merges += dropped.merges
+        found.refused += dropped.refused
+    left_out = set(skip)
+    merges = [_disabled(m, "--skip") if m.id in left_out else m for m in found.merges]
+    refused = found.refused
+    if not exact:
+        folded = apply(net, Plan(net.name, tuple(merges)))
+        matcher = Matcher(folded)
+        taken: set[Layer] = set()
+        blocks = merge_branches.propose(matcher, options, taken)
+        lines = merge_streamline.propose(matcher, options, taken)
+        place = {layer.name: i for i, layer in enumerate(folded.layers)}
+        merges += _unique(
+            sorted(blocks.merges + lines.merges, key=lambda m: min(place[name] for name in m.layers))
+        )
+        # A layer refused here may have found its place there; and nothing is told twice.
+        placed = {name for merge in merges if merge.enabled for name in merge.absorbs}
+        for refusal in blocks.refused + lines.refused:
+            if refusal.layers[-1] not in placed and refusal.layers not in {r.layers for r in refused}:
+                refused.append(refusal)
+    known = {name for merge in merges for name in (merge.id, merge.stage) if name}
+    for name in (*only, *skip):
+        if name not in known:
+            raise PlanError(f"no merge is called '{name}'; there are {', '.join(sorted(known)) or 'none'}")
+    merges = [_disabled(m, "--skip") if {m.id, m.stage} & left_out else m for m in merges]
+    if only:
+        merges = _only(merges, set(only))
+    return Proposal(Plan(net.name, tuple(merges)), refused)
+
+
+def _disabled(merge: Merge, why: str) -> Merge:
+    return dataclasses.replace(merge, enabled=False, note=f"left out by {why}") if merge.enabled else merge
+
+
+def _only(merges: list[Merge], names: set[str]) -> list[Merge]:
+    """Enable just the named merges and the exact ones they build upon."""
+    wanted = {m.id for m in merges if m.id in names or (m.enabled and m.stage in names)}
+    makes = {spec.name: m.id for m in merges for spec in m.becomes if not spec.kept}
+    for merge in reversed(merges):
+        if merge.id in wanted:
+            wanted |= {makes[name] for name in merge.layers if name in makes}
+    return [
+        dataclasses.replace(m, enabled=True) if m.id in wanted else _disabled(m, "--only") for m in merges
+    ]
+
+
+def _unique(merges: list[Merge]) -> list[Merge]:
+    """Ids that occur once: a second one is named after its first layer."""
+    seen: set[str] = set()
+    out: list[Merge] = []
+    renamed: dict[str, str] = {}
+    for merge in merges:
+        new = merge.id
+        if new in seen:
+            new, i = merge.absorbs[0], 2
+            while new in seen:
+                new, i = f"{merge.absorbs[0]}:{i}", i + 1
+            renamed[merge.id] = new
+        seen.add(new)
+        stage = new if merge.stage == merge.id else merge.stage
+        out.append(dataclasses.replace(merge, id=new, stage=stage))
+    return out
+
+
+# ---- applying ---------------------------------------------------------------------------------------------
+
+
+def apply(net: Net, plan: Plan, init: str = "inherit", seed: int = 0) -> Net:
+    """The net after every active merge of the plan; deterministic for a seed.
+
+    Reborn layers get weights where ``net`` has them (``init``: xavier or inherit), untouched layers keep
+    their text and their blobs. Raises PlanError where a merge does not fit the net, naming the merge.
+    """
+    pending = plan.active
+    while pending:
+        batch = _disjoint(net, pending)
+        net = _apply_batch(net, batch, init, seed)
+        pending = pending[len(batch) :]
+    return net
+
+
+def _disjoint(net: Net, pending: list[Merge]) -> list[Merge]:
+    """The merges from the front whose layers are there and not each other's."""
+    batch: list[Merge] = []
+    used: set[str] = set()
+    names = {layer.name for layer in net.layers}
+    for merge in pending:
+        if used.intersection(merge.layers) or not names.issuperset(merge.layers):
+            break
+        used.update(merge.layers)
+        batch.append(merge)
+    if not batch:
+        merge = pending[0]
+        missing = next(name for name in merge.layers if name not in names)
+        raise PlanError(
+            f"merge '{merge.id}': the net has no layer '{missing}' at this point; "
+            "is the plan for this net, or a merge before it disabled?"
+        )
+    return batch
+
+
+@dataclass
+class _Border:
+    """What a group reads and what it gives: blob names, and the tops behind the output."""
+
+    source: str
+    out: str
+    last: Layer
+    top: int
+
+
+def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
+    """One pass over the net for merges that do not share layers."""
+    from .init import weights_for
+
+    graph = net.graph
+    group_of: dict[Layer, int] = {}
+    for i, merge in enumerate(batch):
+        for name in merge.layers:
+            try:
+                group_of[net.layer(name)] = i
+            except NetError as error:
+                raise PlanError(f"merge '{merge.id}': {error}") from None
+    groups: list[list[Layer]] = [[] for _ in batch]
+    for layer in net.layers:
+        if layer in group_of:
+            groups[group_of[layer]].append(layer)
+    borders = [_border(graph, m, g) for m, g in zip(batch, groups, strict=True)]
+
+    # Blobs that vanish because nothing replaces their makers: who reads them reads what those read.
+    alias: dict[tuple[Layer, int], str] = {
+        (b.last, b.top): b.source for m, b in zip(batch, borders, strict=True) if not m.becomes
+    }
+
+    def read_name(layer: Layer, index: int) -> str:
+        name = layer.bottom[index]
+        for producer in graph.producers(layer, index):
+            if producer is not None and name in producer.top:
+                key = (producer, producer.top.index(name))
+                if key in alias:
+                    # The layer whose output vanished may itself have read one that did.
+                    return read_name(producer, 0)
+        return name
+
+    made: list[list[Layer]] = []
+    for merge, group, border in zip(batch, groups, borders, strict=True):
+        reader = next(x for x in group if border.source in x.bottom)
+        source = read_name(reader, reader.bottom.index(border.source))
+        made.append(_make(net, merge, group, source, border.out))
+        weights = weights_for(net, merge, init, seed)
+        for layer in made[-1]:
+            if layer.name in weights:
+                layer.record = Record(layer.name, layer.type, [Blob(a) for a in weights[layer.name]])
+
+    def swap(layer: Layer) -> Iterator[Layer]:
+        if layer in group_of:
+            i = group_of[layer]
+            if layer is groups[i][0]:
+                yield from made[i]
+        else:
+            yield layer.rewired([read_name(layer, i) for i in range(len(layer.bottom))], layer.top)
+
+    result = net.replace(swap)
+    _check(net, result, batch, borders)
+    return result
+
+
+def _border(graph: Graph, merge: Merge, group: list[Layer]) -> _Border:
+    """The one blob a group reads from outside and the one it gives. Raises PlanError for another number."""
+    inside = set(group)
+    sources: dict[tuple[Any, ...], str] = {}
+    outs: dict[tuple[Layer, int], str] = {}
+    for layer in group:
+        for i, name in enumerate(layer.bottom):
+            producers = [p for p in graph.producers(layer, i) if p not in inside]
+            if producers:
+                sources[(name, *producers)] = name
+        for i, name in enumerate(layer.top):
+            outside = [r for r, _ in graph.readers(layer, i) if r not in inside]
+            if outside or not graph.readers(layer, i):
+                outs[layer, i] = name
+    if len(sources) != 1:
+        names = ", ".join(sorted(set(sources.values()))) or "nothing"
+        raise PlanError(f"merge '{merge.id}' reads {names}; a merge reads exactly one blob from outside")
+    if len(outs) != 1:
+        names = ", ".join(sorted(set(outs.values()))) or "nothing"
+        raise PlanError(f"merge '{merge.id}' gives {names}; other layers may read exactly one of its blobs")
+    (last, top), out = next(iter(outs.items()))
+    return _Border(next(iter(sources.values())), out, last, top)
+
+
+def _make(net: Net, merge: Merge, group: list[Layer], source: str, out: str) -> list[Layer]:
+    """The layers a merge becomes, on real blob names."""
+    names = {IN: source, OUT: out}
+    layers: list[Layer] = []
+    for spec in merge.becomes:
+        like = net.layer(spec.like)
+        bottom = [names.get(name, name) for name in spec.bottom]
+        top = [names.get(name, name) for name in spec.top]
+        if spec.kept and (len(bottom), len(top)) == (len(like.bottom), len(like.top)):
+            layers.append(like.rewired(bottom, top))
+            continue
+        tree = like.tree.copy()
+        tree.set("name", quote(spec.name))
+        tree.set("bottom", *map(quote, bottom))
+        tree.set("top", *map(quote, top))
+        if not spec.kept:
+            _set_geometry(tree, like, spec, merge)
+        # What stood above the group stands above what it became.
+        comments = group[0].comments if not layers else like.comments
+        before = "" if not comments or comments.endswith(("\n", " ", "\t")) else net.newline
+        body = render(Message([Field("layer", tree)]), newline=net.newline)
+        layers.append(Layer.from_text(comments + before + body, path=like.path, line=like.line))
+    return layers
+
+
+def _set_geometry(tree: Message, like: Layer, spec: Spec, merge: Merge) -> None:
+    """Write a reborn layer's geometry into its tree."""
+    key = "convolution_param" if like.type == "Convolution" else "inner_product_param"
+    p = tree.message(key)
+    if p is None:
+        raise PlanError(f"merge '{merge.id}': layer '{spec.name}' is made after {like.type} '{like.name}'")
+    if merge.exact:  # a folded layer always has a bias
+        p.fields[:] = [f for f in p.fields if f.name != "bias_term"]
+        return
+    geometry = [Field("num_output", str(spec.num_output))]
+    drop = ["num_output"]
+    if spec.kernel is not None and spec.stride is not None and spec.pad is not None:
+        for name, base, values, default in (
+            ("pad", "pad", spec.pad, 0),
+            ("kernel_size", "kernel", spec.kernel, None),
+            ("stride", "stride", spec.stride, 1),
+        ):
+            drop += [name, f"{base}_h", f"{base}_w"]
+            if set(values) == {default}:
+                continue
+            if values[0] == values[1]:
+                geometry.append(Field(name, str(values[0])))
+            else:
+                geometry += [Field(f"{base}_h", str(values[0])), Field(f"{base}_w", str(values[1]))]
+    at = next((i for i, f in enumerate(p.fields) if f.name in drop), 0)
+    rest = [f for f in p.fields if f.name not in drop]
+    p.fields[:] = [*rest[:at], *geometry, *rest[at:]]
+    p.set("weight_filler", Message([Field("type", quote("xavier"))]))
+
+
+def _check(before: Net, after: Net, batch: list[Merge], borders: list[_Border]) -> None:
+    """What must hold after every batch: the graph is whole, and what is still read has its old size."""
+    maker = {b.out: m.id for m, b in zip(batch, borders, strict=True)}
+    try:
+        shapes = [{v.name: s for v, s in infer(view).items()} for view in after.graph.views]
+    except NetError as error:
+        raise PlanError(f"after merging {', '.join(maker.values())}: {error}") from None
+    for view, new in zip(before.graph.views, shapes, strict=False):
+        for value, shape in infer(view).items():
+            now = new.get(value.name, shape)
+            if now != shape and shape is not None:
+                blame = maker.get(value.name) or ", ".join(maker.values())
+                raise PlanError(
+                    f"merge '{blame}': blob '{value.name}' would become {now} instead of {shape}; "
+                    "correct its kernel, stride, pad or num_output"
+                )
+
+
+# ---- plan.yaml --------------------------------------------------------------------------------------------
+
+_HEADER = """\
+# What rebirth_net.py does to {net}, in this order. Edit it and give it back with --plan.
+#   enabled: false leaves a merge out; instead_of names the merge that this one replaces when enabled
+#   stage groups merges into training steps; exact merges (fold, drop) need none
+#   becomes lists the layers that stand for the absorbed ones; @in and @out are the blobs at the border
+#   like is the layer a reborn one is made after; rows says where its output channels come from
+"""
+_MERGE_KEYS = {"id", "kind", "stage", "enabled", "instead_of", "note", "absorbs", "becomes"}
+_SPEC_KEYS = {f.name for f in dataclasses.fields(Spec)}
+
+
+def dump(plan: Plan) -> str:
+    """A plan as YAML."""
+    import yaml
+
+    document = {"version": VERSION, "net": plan.net, "merges": [_merge_data(m) for m in plan.merges]}
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    body = yaml.dump(document, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110)
+    return _HEADER.format(net=plan.net.replace("\n", " ")) + body
+
+
+def _merge_data(merge: Merge) -> dict[str, Any]:
+    data: dict[str, Any] = {"id": merge.id, "kind": merge.kind}
+    for key in ("stage", "instead_of", "note"):
+        if getattr(merge, key):
+            data[key] = getattr(merge, key)
+    if not merge.enabled:
+        data["enabled"] = False
+    data["absorbs"] = list(merge.absorbs)
+    data["becomes"] = [_spec_data(spec) for spec in merge.becomes]
+    return data
+
+
+def _spec_data(spec: Spec) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": spec.name, "like": spec.like}
+    if spec.kept:
+        del data["like"]
+    data["bottom"], data["top"] = list(spec.bottom), list(spec.top)
+    for key in ("num_output", "kernel", "stride", "pad", "group"):
+        value = getattr(spec, key)
+        if value is not None:
+            data[key] = list(value) if isinstance(value, tuple) else value
+    if spec.rows and spec.rows != (Rows(spec.like),):
+        data["rows"] = [
+            {"layer": r.layer, "at": list(r.at)} if r.at is not None else {"layer": r.layer}
+            for r in spec.rows
+        ]
+    return data
+
+
+def load(path: Path) -> Plan:
+    """Read a plan.yaml. Raises PlanError with the place and what is wrong."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        document = yaml.load(path.read_text("utf-8"), Loader=loader)  # a safe loader: no code tags
+    except FileNotFoundError:
+        raise PlanError(f"{path}: no such file; check the path of the plan") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise PlanError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    reader = _Reader(str(path))
+    document = reader.mapping(document, "the file", {"version", "net", "merges"})
+    if document.get("version") != VERSION:
+        raise PlanError(f"{path}: version {document.get('version')!r}; this tool reads version {VERSION}")
+    merges = tuple(
+        reader.merge(m, i) for i, m in enumerate(reader.sequence(document.get("merges"), "merges"))
+    )
+    ids = [merge.id for merge in merges]
+    twice = next((id_ for id_ in ids if ids.count(id_) > 1), None)
+    if twice is not None:
+        raise PlanError(f"{path}: two merges are called '{twice}'; ids must differ")
+    for merge in merges:
+        if merge.instead_of and merge.instead_of not in ids:
+            raise PlanError(f"{path}: merge '{merge.id}': instead_of names '{merge.instead_of}', no merge")
+    return Plan(str(document.get("net", "")), merges)
+
+
+class _Reader:
+    """Checks a YAML document on the way into merges; every complaint names the file and the merge."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def mapping(self, data: Any, where: str, keys: Iterable[str]) -> dict[str, Any]:
+        if not isinstance(data, dict):
+            raise PlanError(f"{self.path}: {where} is no mapping of keys to values")
+        unknown = [str(key) for key in data if key not in set(keys)]
+        if unknown:
+            raise PlanError(
+                f"{self.path}: {where} has an unknown key '{unknown[0]}'; known are {', '.join(sorted(keys))}"
+            )
+        return data
+
+    def sequence(self, data: Any, where: str) -> list[Any]:
+        if not isinstance(data, list):
+            raise PlanError(f"{self.path}: {where} is no list")
+        return data
+
+    def merge(self, data: Any, index: int) -> Merge:
+        where = f"merge {index + 1}"
+        data = self.mapping(data, where, _MERGE_KEYS)
+        id_ = self.word(data, "id", where)
+        where = f"merge '{id_}'"
+        kind = self.word(data, "kind", where)
+        if kind not in KINDS:
+            raise PlanError(f"{self.path}: {where}: kind '{kind}'; known are {', '.join(KINDS)}")
+        stage = self.word(data, "stage", where, "" if kind in EXACT_KINDS else id_)
+        if not isinstance(data.get("enabled", True), bool):
+            raise PlanError(f"{self.path}: {where}: enabled is true or false")
+        absorbs = self.words(data, "absorbs", where)
+        becomes = tuple(self.spec(s, where) for s in self.sequence(data.get("becomes"), f"{where}: becomes"))
+        if not absorbs:
+            raise PlanError(f"{self.path}: {where}: absorbs no layer")
+        return Merge(
+            id_,
+            kind,
+            stage,
+            absorbs,
+            becomes,
+            data.get("enabled", True),
+            self.word(data, "instead_of", where, ""),
+            self.word(data, "note", where, ""),
+        )
+
+    def spec(self, data: Any, where: str) -> Spec:
+        data = self.mapping(data, f"{where}: becomes", _SPEC_KEYS)
+        name = self.word(data, "name", where)
+        where = f"{where}: layer '{name}'"
+        like = self.word(data, "like", where, name)
+        rows = tuple(
+            Rows(
+                self.word(self.mapping(r, f"{where}: rows", {"layer", "at"}), "layer", where),
+                self.pair(r, "at", where, 0),
+            )
+            for r in self.sequence(data.get("rows", []), f"{where}: rows")
+        )
+        spec = Spec(
+            name,
+            like,
+            self.words(data, "bottom", where),
+            self.words(data, "top", where),
+            self.count(data, "num_output", where),
+            self.pair(data, "kernel", where, 1),
+            self.pair(data, "stride", where, 1),
+            self.pair(data, "pad", where, 0),
+            self.count(data, "group", where),
+            rows or ((Rows(like),) if name != like else ()),
+        )
+        if not spec.bottom or not spec.top:
+            raise PlanError(f"{self.path}: {where}: needs a bottom and a top")
+        return spec
+
+    def word(self, data: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
+        value = data.get(key, default)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str) or (default is None and not value):
+            raise PlanError(f"{self.path}: {where}: {key} is {value!r}; give a name in quotes")
+        return value
+
+    def words(self, data: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+        values = self.sequence(data.get(key), f"{where}: {key}")
+        return tuple(self.word({key: value}, key, where) for value in values)
+
+    def count(self, data: dict[str, Any], key: str, where: str) -> int | None:
+        value = data.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+            raise PlanError(f"{self.path}: {where}: {key} is {value!r}; give a whole number from 1")
+        return value
+
+    def pair(self, data: dict[str, Any], key: str, where: str, least: int) -> tuple[int, int] | None:
+        value = data.get(key)
+        if value is None:
+            return None
+        values = [value, value] if isinstance(value, int) else value
+        whole = isinstance(values, list) and all(
+            isinstance(v, int) and not isinstance(v, bool) and least <= v < 2**16 for v in values
+        )
+        if not whole or len(values) != 2:
+            raise PlanError(
+                f"{self.path}: {where}: {key} is {value!r}; give [height, width], whole numbers from {least}"
+            )
+        return values[0], values[1]
