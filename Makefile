@@ -8,7 +8,8 @@ IMAGE  ?= rebirth-caffe
 VENV   := .venv
 CAFFE  := .caffe
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+# Twice quiet: errors are shown, advice about the machine's own configuration is not.
+PIP    := $(PY) -m pip install -qq --disable-pip-version-check
 # Empty files that say a step was finished; what was interrupted has none and is done again.
 TOOLS_READY := $(VENV)/requirements.stamp
 DEV_READY   := $(VENV)/requirements-dev.stamp
@@ -34,6 +35,7 @@ lint: $(DEV_READY) ## ruff and mypy
 	$(PY) -m mypy
 
 setup: $(DEV_READY) $(CAFFE_READY) ## .venv/ with all requirements, .caffe/ with Caffe 1.0 (demo and test do this)
+	@echo "Ready: $(PY) and $(CAFFE)/bin/caffe"
 
 image: ## the Docker image
 	$(DOCKER) build --tag $(IMAGE) .
