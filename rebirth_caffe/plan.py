@@ -327,7 +327,9 @@ def _set_geometry(tree: Message, like: Layer, spec: Spec, merge: Merge) -> None:
     at = next((i for i, f in enumerate(p.fields) if f.name in drop), 0)
     rest = [f for f in p.fields if f.name not in drop]
     p.fields[:] = [*rest[:at], *geometry, *rest[at:]]
-    p.set("weight_filler", Message([Field("type", quote("xavier"))]))
+    filler = like.param.convolution_param if like.type == "Convolution" else like.param.inner_product_param
+    if filler.weight_filler.type != "xavier":  # the paper's start, whatever the original's was
+        p.set("weight_filler", Message([Field("type", quote("xavier"))]))
 
 
 def _check(before: Net, after: Net, batch: list[Merge], borders: list[_Border]) -> None:

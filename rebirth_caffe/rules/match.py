@@ -137,7 +137,7 @@ def follow(m: Matcher, start: Layer, activations: tuple[Layer, ...] = ()) -> Cha
     while True:
         following = m.only_reader(at)
         if following is None:
-            looked = [r for r in m.readers(at) if r.type in ABSORBED]
+            looked = [r for r in m.readers(at) if r.type in ABSORBED and r in m.deployed]
             if looked:
                 chain.refusal, chain.beyond = _why_not_only(m, at), (looked[0],)
             break
