@@ -150,8 +150,8 @@ def measure(
 ) -> Report:
     """Time every net in every engine, ``runs`` forwards each, in turn.
 
-    ``weights`` holds a caffemodel or None for each net, or nothing at all; what they lack is drawn from the
-    layers' fillers, the same in every engine. ``layers`` asks for the times of single layers, too.
+    ``weights`` holds a caffemodel or None for each net, or nothing at all; a net without gets weights drawn
+    from its fillers, the same in every engine. ``layers`` asks for the times of single layers, too.
     Raises RebirthError where the arguments or a net are wrong, EngineError where an engine refuses a net.
     """
     if runs < 1:
@@ -169,13 +169,13 @@ def measure(
             net = Net.load(prototxt, given[i])
             _check_deploy(net)
             nets.append(Timed(name, prototxt, given[i], cost(net)))
-            complete = Path(folder, f"{i}.caffemodel")
-            fill_missing(net, seed)
-            net.write_weights(complete)
+            filled = Path(folder, "filled.caffemodel")
+            if given[i] is None:
+                fill_missing(net, seed)
+                net.write_weights(filled)
             for engine in engines:
-                session = engine.open(prototxt, complete, threads=threads, batch=batch)
+                session = engine.open(prototxt, given[i] or filled, threads=threads, batch=batch)
                 sessions.append(stack.enter_context(session))
-            complete.unlink()
         times = time_in_turn(sessions, runs)
         of_layers = time_layers_in_turn(sessions, runs) if layers else None
         results = [
@@ -216,15 +216,13 @@ def time_layers_in_turn(sessions: Sequence[Session], runs: int) -> list[list[Lay
 
 
 def labels(prototxts: Sequence[Path]) -> list[str]:
-    """A short name for each file, unlike all others: its stem, its folder where that is ``deploy``, or the
-    path as given."""
+    """A short name for each file, unlike all others: its stem, its folder where that is ``deploy``, else the
+    path as given, with its place in the list where the same file is given twice."""
     names = [path.absolute().parent.name if path.stem == "deploy" else path.stem for path in prototxts]
-    for make in (str, lambda path: f"{path} ({prototxts.index(path) + 1})"):
-        count = Counter(names)
-        names = [
-            name if count[name] == 1 else make(path) for name, path in zip(names, prototxts, strict=True)
-        ]
-    return names
+    count = Counter(names)
+    names = [name if count[name] == 1 else str(path) for name, path in zip(names, prototxts, strict=True)]
+    count = Counter(names)
+    return [name if count[name] == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
 def _check_deploy(net: Net) -> None:

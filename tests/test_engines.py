@@ -3,7 +3,6 @@
 import ast
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -73,13 +72,13 @@ def opencv() -> Engine:
 
 
 @pytest.fixture(scope="module")
-def in_opencv(opencv: Engine, small: tuple[Path, Path]) -> Iterator[Session]:
+def opencv_session(opencv: Engine, small: tuple[Path, Path]) -> Iterator[Session]:
     with opencv.open(*small) as session:
         yield session
 
 
 @pytest.fixture(scope="module")
-def in_caffe(caffe: Caffe, small: tuple[Path, Path]) -> Iterator[Session]:
+def caffe_session(caffe: Caffe, small: tuple[Path, Path]) -> Iterator[Session]:
     with CaffeEngine(caffe).open(*small) as session:
         yield session
 
@@ -91,7 +90,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return get_engine("opencv")
 
 
-@pytest.fixture(params=["in_caffe", "in_opencv"])
+@pytest.fixture(params=["caffe_session", "opencv_session"])
 def session(request: pytest.FixtureRequest) -> Session:
     opened: Session = request.getfixturevalue(request.param)
     return opened
@@ -100,8 +99,8 @@ def session(request: pytest.FixtureRequest) -> Session:
 # ---- what a session answers -------------------------------------------------------------------------------
 
 
-def test_every_blob_is_the_same_in_both_engines(in_caffe: Session, in_opencv: Session) -> None:
-    ours, theirs = (s.forward(outputs=list(SHAPES)) for s in (in_caffe, in_opencv))
+def test_every_blob_is_the_same_in_both_engines(caffe_session: Session, opencv_session: Session) -> None:
+    ours, theirs = (s.forward(outputs=list(SHAPES)) for s in (caffe_session, opencv_session))
     assert list(ours) == list(theirs) == list(SHAPES)
     for name in SHAPES:
         assert np.abs(ours[name]).max() > 0, name
@@ -162,9 +161,9 @@ def test_memory(session: Session) -> None:
     assert 0 < memory["peak_rss_bytes"] < 100e6
 
 
-def test_caffe_counts_memory_shared_between_blobs_once(in_caffe: Session) -> None:
+def test_caffe_counts_memory_shared_between_blobs_once(caffe_session: Session) -> None:
     exact = 4 * sum(np.prod(shape) for shape in SHAPES.values())
-    assert in_caffe.memory()["activation_bytes"] == exact
+    assert caffe_session.memory()["activation_bytes"] == exact
 
 
 def test_caffe_draws_missing_weights_from_fillers(caffe: Caffe, tmp_path: Path) -> None:
@@ -460,7 +459,5 @@ def test_no_caffe_at_all(machine: Callable[..., None], tmp_path: Path) -> None:
 
 def test_looking_for_opencv_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "cv2", raising=False)
-    start = time.perf_counter()
     get_engine("opencv")
     assert "cv2" not in sys.modules
-    assert time.perf_counter() - start < 0.5
