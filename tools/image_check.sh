@@ -72,7 +72,7 @@ step "making the base image"
 quietly mmdebstrap --variant=apt bookworm "$scratch/base.tar"
 base=$(b from scratch)
 quietly b add "$base" "$scratch/base.tar" /
-quietly b commit --rm "$base" docker.io/library/debian:bookworm-slim
+quietly b commit --rm "$base" debian:bookworm-slim # what the Dockerfile starts from
 rm "$scratch/base.tar"
 
 step "building the image"
