@@ -29,6 +29,12 @@ _V1_NAME, _V1_TYPE, _V1_BLOBS = 4, 5, 6
 _BLOB_LEGACY, _BLOB_DATA, _BLOB_SHAPE, _BLOB_DOUBLE = (1, 2, 3, 4), 5, 7, 8
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VALUES = {
+    (_BLOB_DATA, _BYTES): "<f4",
+    (_BLOB_DATA, _FIXED32): "<f4",
+    (_BLOB_DOUBLE, _BYTES): "<f8",
+    (_BLOB_DOUBLE, _FIXED64): "<f8",
+}
 
 # How Caffe names the V1 enum's types today.
 V1_TYPES = {
@@ -57,7 +63,7 @@ class Blob:
         self.raw = raw
         self.where = where
         if array is not None:
-            self.array = np.ascontiguousarray(array, dtype=np.float32)
+            self.array = np.asarray(array, dtype=np.float32, order="C")
             self.shape: Shape = self.array.shape
         else:
             self.shape, self._data = _read_blob(raw if raw is not None else memoryview(b""), where)
@@ -119,6 +125,8 @@ def read(path: Path | str) -> Weights:
         raise WeightsError(f"{path}: no such file; check the path of the weights") from None
     except IsADirectoryError:
         raise WeightsError(f"{path}: is a directory; give the .caffemodel file in it") from None
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
     if bytes(source[:8]) == b"\x89HDF\r\n\x1a\n":
         raise WeightsError(f"{path}: HDF5 weights; convert them to a binary .caffemodel with Caffe first")
     name, storage = "", "current"
@@ -130,8 +138,8 @@ def read(path: Path | str) -> Weights:
             v1 = number == _NET_V1_LAYER
             storage = "V1" if v1 else storage
             records.append(_read_record(value, f"{path}: layer {len(records) + 1}", v1))
-        elif number not in caffe_pb2.NetParameter.DESCRIPTOR.fields_by_number:
-            raise WeightsError(f"{path}: not a caffemodel (field {number} is not one of a net's)")
+        elif number in (_NET_NAME, _NET_LAYER, _NET_V1_LAYER):
+            raise WeightsError(f"{path}: not a caffemodel; a mean file or a solver's state?")
     if not records:
         raise WeightsError(f"{path}: holds no layers; not a caffemodel, or an empty one")
     return Weights(name, records, storage, source)
@@ -148,7 +156,7 @@ def _read_record(message: memoryview, where: str, v1: bool) -> Record:
             where = f"{where} '{record.name}'"
         elif number == at_type and kind == _BYTES and not v1:
             record.type = _text(value)
-        elif number == at_type and v1:
+        elif number == at_type and kind == _VARINT and v1:
             kinds = caffe_pb2.V1LayerParameter.LayerType
             known = int(value) in kinds.values()
             record.type = V1_TYPES[kinds.Name(int(value))] if known else ""
@@ -157,13 +165,13 @@ def _read_record(message: memoryview, where: str, v1: bool) -> Record:
     return record
 
 
-def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memoryview, str]]]:
+def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memoryview | bytearray, str]]]:
     """A BlobProto's shape and the pieces of its data (packed or not) with their dtypes."""
     shape: Shape | None = None
-    legacy = [0, 0, 0, 0]
-    data: list[tuple[memoryview, str]] = []
+    legacy: list[int] | None = None
+    data: list[tuple[memoryview | bytearray, str]] = []
     for number, kind, value in _scan(message, where):
-        if number == _BLOB_SHAPE:
+        if number == _BLOB_SHAPE and kind == _BYTES:
             proto = caffe_pb2.BlobShape()
             try:
                 proto.ParseFromString(bytes(value))
@@ -171,14 +179,23 @@ def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memor
                 raise WeightsError(f"{where}: broken shape; the file is damaged") from None
             shape = tuple(proto.dim)
         elif number in _BLOB_LEGACY and kind == _VARINT:
+            legacy = legacy or [0, 0, 0, 0]
             legacy[number - 1] = int(value)
-        elif number in (_BLOB_DATA, _BLOB_DOUBLE):
-            size, dtype = (4, "<f4") if number == _BLOB_DATA else (8, "<f8")
-            if len(value) % size:
+        elif (number, kind) in _VALUES:
+            dtype = _VALUES[number, kind]
+            if len(value) % int(dtype[-1]):
                 raise WeightsError(f"{where}: {len(value)} bytes are no whole number of values; damaged")
-            data.append((value, dtype))
-    shape = tuple(legacy) if shape is None else shape
+            if kind == _BYTES and len(value):
+                data.append((value, dtype))
+            elif data and data[-1][1] == dtype and isinstance(data[-1][0], bytearray):
+                data[-1][0].extend(value)  # not packed: value by value
+            else:
+                data.append((bytearray(value), dtype))
     count = sum(len(piece) // int(dtype[-1]) for piece, dtype in data)
+    if legacy:
+        shape = tuple(legacy)
+    elif shape is None:  # neither: Caffe writes no shape for a scalar
+        shape = () if count else (0,)
     if any(d < 0 for d in shape) or math.prod(shape) != count:
         raise WeightsError(f"{where}: shape {'x'.join(map(str, shape))} but {count} values; damaged")
     return shape, data
@@ -217,6 +234,8 @@ def _scan(message: memoryview, where: str) -> Iterator[tuple[int, int, memoryvie
     while at < end:
         key, at = _read_varint(message, at, where)
         number, kind = key >> 3, key & 7
+        if not number:
+            raise WeightsError(f"{where}: no field at byte {at}; not a caffemodel, or damaged")
         if kind == _VARINT:
             value, at = _read_varint(message, at, where)
             yield number, kind, value  # type: ignore[misc]

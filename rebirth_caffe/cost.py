@@ -10,8 +10,9 @@ from .net import TEST, Layer, Net, Value, View
 from .shapes import MaybeShape, Shape, infer, param_shapes
 
 FLOAT_BYTES = 4
-# Types whose top is a new view of the bottom's memory.
+# Types whose tops are new views of the bottom's memory; a Concat or Slice of one is, too.
 _SHARES_MEMORY = {"Flatten", "Reshape", "Split"}
+_MAY_SHARE_MEMORY = {"Concat", "Slice"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def _activations(view: View, shapes: dict[Value, MaybeShape]) -> tuple[int, int]
         buffer[value] = value
         if layer is not None:
             reused = [b for b in view.bottoms[layer] if b.name == value.name]
-            if layer.type in _SHARES_MEMORY:
+            one = len(layer.bottom) == len(layer.top) == 1
+            if layer.type in _SHARES_MEMORY or (one and layer.type in _MAY_SHARE_MEMORY):
                 reused = view.bottoms[layer][:1]
             if reused:
                 buffer[value] = buffer[reused[0]]

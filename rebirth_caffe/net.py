@@ -43,9 +43,14 @@ class Layer:
     @classmethod
     def from_text(cls, text: str, *, path: str = "", line: int = 0) -> Layer:
         """A layer from a piece of prototxt that holds just it (and comments)."""
-        found = prototxt.parse(text, path or "<text>").fields
+        tree = prototxt.parse(text, path or "<text>")
+        found = tree.fields
         if len(found) != 1 or found[0].name != "layer" or not isinstance(found[0].value, Message):
             raise NetError(f"{path or '<text>'}:{line}: expected exactly one layer {{ ... }}")
+        if line:  # of the whole file, not of this piece
+            above = line - found[0].line
+            for f in tree.walk():
+                f.line += above
         return cls(text, found[0].value, path=path, line=line)
 
     def __repr__(self) -> str:
@@ -180,13 +185,23 @@ class View:
                 value.readers.append((layer, i))
             self.tops[layer] = [Value(name, layer, i) for i, name in enumerate(layer.top)]
             for value in self.tops[layer]:
-                if value.name in current and value.name not in layer.bottom:
+                in_place = value.index < len(layer.bottom) and layer.bottom[value.index] == value.name
+                if value.name in current and not in_place:
                     before = current[value.name].producer
                     raise NetError(
                         f"{layer.where}: top '{value.name}' is already a top of "
                         f"{before.where if before else 'the net itself'}; rename one of them"
                     )
                 current[value.name] = value
+        for layer in self.layers:
+            for old, value in zip(self.bottoms[layer], self.tops[layer], strict=False):
+                other = [reader for reader, _ in old.readers if reader is not layer]
+                if old.name == value.name and len(old.readers) > 1:
+                    who = other[0].where if other else "it itself a second time"
+                    raise NetError(
+                        f"{layer.where}: works in place on '{value.name}', which is also read by {who}; "
+                        "give its top a name of its own"
+                    )
 
     @property
     def values(self) -> Iterator[Value]:
@@ -224,17 +239,23 @@ class Graph:
     def __init__(self, net: Net) -> None:
         self.net = net
         self.views: list[View] = []
+        self._plainest: dict[int, View] = {}  # by phase
         refused: list[NetError] = []
-        for state in _states(net):
+        for state, own in _states(net):
             try:
                 view = View(net, state)
-            except _MissingBottom as error:
-                if error.meant:
+            except NetError as error:
+                meant = error.meant if isinstance(error, _MissingBottom) else own
+                if meant:
                     raise
                 refused.append(error)
                 continue
-            if view.layers and all(view.layers != other.layers for other in self.views):
+            if not view.layers:
+                continue
+            same = next((other for other in self.views if other.layers == view.layers), None)
+            if same is None:
                 self.views.append(view)
+            self._plainest.setdefault(state.phase, same or view)
         if not self.views:
             raise refused[0] if refused else NetError(f"{net.path}: holds no layers; is it a solver?")
         self._readers: dict[tuple[Layer, int], list[tuple[Layer, int]]] = {}
@@ -259,22 +280,30 @@ class Graph:
 
     def view(self, phase: int) -> View:
         """The view for a phase: the plainest one there is, of the other phase if this one has none."""
-        return next((view for view in self.views if view.state.phase == phase), self.views[0])
+        return self._plainest.get(phase, self.views[0])
 
     def same_views(self, a: Layer, b: Layer) -> bool:
         """Whether two layers are in the same views."""
         return all((a in view.bottoms) == (b in view.bottoms) for view in self.views)
 
 
-def _states(net: Net) -> Iterator[State]:
-    """The states a file distinguishes: both phases, each level and each stage it names."""
+def _states(net: Net) -> Iterator[tuple[State, bool]]:
+    """The states a file distinguishes: both phases, each level, each stage and set of stages it names.
+
+    With each, whether its level and stages are the file's own: those it is meant for in any case.
+    """
     rules = [r for layer in net.layers for r in chain(layer.param.include, layer.param.exclude)]
     own = net.header.state
-    levels = sorted({0, own.level} | {r.min_level for r in rules} | {r.max_level for r in rules})
+    lowest = {r.min_level for r in rules if r.HasField("min_level")}
+    above = {r.max_level + 1 for r in rules if r.HasField("max_level")}
+    levels = dict.fromkeys([own.level, *sorted({0} | lowest | {level - 1 for level in above} | above)])
     stages = sorted({stage for r in rules for stage in chain(r.stage, r.not_stage)})
-    sets = [frozenset(own.stage), *(frozenset({*own.stage, stage}) for stage in stages)]
+    sets = dict.fromkeys(
+        frozenset({*own.stage, *more})
+        for more in [[], *([stage] for stage in stages), *(r.stage for r in rules)]
+    )
     for level, stage_set, phase in product(levels, sets, (TEST, TRAIN)):
-        yield State(phase, level, stage_set)
+        yield State(phase, level, stage_set), level == own.level and stage_set == frozenset(own.stage)
 
 
 class Net:
@@ -303,16 +332,18 @@ class Net:
         header_fields = Message()
         at = 0
         for f in prototxt.parse(text, path).fields:
-            rest = _REST_OF_LINE.match(text, f.end)
-            end = rest.end() if rest else f.end
+            end = f.end
+            for more in (_SEPARATOR, _REST_OF_LINE):
+                match = more.match(text, end)
+                end = match.end() if match else end
             if f.name == "layers":
                 raise NetError(
                     f"{path}:{f.line}: 'layers' is the format of 2013; "
                     "upgrade the file with Caffe's upgrade_net_proto_text"
                 )
             if f.name == "layer":
-                if not isinstance(f.value, Message):
-                    raise NetError(f"{path}:{f.line}: layer holds a message; write layer {{ ... }}")
+                if not isinstance(f.value, Message) or f.start == f.value_start:
+                    raise NetError(f"{path}:{f.line}: write each layer as layer {{ ... }}")
                 items.append(Layer(text[at:end], f.value, path=str(path), line=f.line, offset=at))
             else:
                 items.append(text[at:end])
@@ -413,8 +444,9 @@ class Net:
         for layer in self.layers:
             record = layer.record or Record(layer.name, layer.type, [])
             if layer.name not in records or record.blobs:
-                records[layer.name] = (layer.param.SerializeToString(), record)
+                records[layer.name] = (layer.param.SerializePartialToString(), record)
         caffemodel.write(path, self.name, records.values())
 
 
-_REST_OF_LINE = re.compile(r"[ \t\r]*[,;]?[ \t\r]*(?:#[^\n]*)?(?:\n|\Z)")
+_SEPARATOR = re.compile(r"(?:(?:[ \t\r\n\f\v]|#[^\n]*(?:\n|\Z))*[],;])*")  # "]" ends a list
+_REST_OF_LINE = re.compile(r"[ \t\r\f\v]*(?:#[^\n]*)?(?:\n|\Z)")

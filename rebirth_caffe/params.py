@@ -41,7 +41,10 @@ class Pool:
 
 
 def conv(layer: caffe_pb2.LayerParameter, spatial_axes: int = 2) -> Conv:
-    """Read ``convolution_param``. Raises NetError where it says too little or contradicts itself."""
+    """Read ``convolution_param``. Raises NetError where it says too little or contradicts itself.
+
+    A bottom that ends with the channels has no spatial axes; the layer is then an InnerProduct.
+    """
     p = layer.convolution_param
 
     def axes(name: str, default: int | None) -> Axes:
@@ -49,14 +52,13 @@ def conv(layer: caffe_pb2.LayerParameter, spatial_axes: int = 2) -> Conv:
         if name != "dilation" and (p.HasField(f"{name}_h") or p.HasField(f"{name}_w")):
             if repeated or spatial_axes != 2:
                 raise NetError(f"layer '{layer.name}': {name}_h/{name}_w beside another {name}; give one")
-            if name == "kernel" and not (p.HasField("kernel_h") and p.HasField("kernel_w")):
-                raise NetError(f"layer '{layer.name}': kernel_h and kernel_w go together; give both")
-            fallback = default if default is not None else 0
-            return tuple(getattr(p, f"{name}_{s}") if p.HasField(f"{name}_{s}") else fallback for s in "hw")
+            if name != "pad" and not (p.HasField(f"{name}_h") and p.HasField(f"{name}_w")):
+                raise NetError(f"layer '{layer.name}': {name}_h and {name}_w go together; give both")
+            return tuple(getattr(p, f"{name}_{s}") for s in "hw")
         if not repeated and default is not None:
             return (default,) * spatial_axes
-        if len(repeated) == 1:
-            return (repeated[0],) * spatial_axes
+        if len(repeated) == 1 or not spatial_axes:
+            return tuple(repeated[:1] * spatial_axes)
         if len(repeated) != spatial_axes:
             what = "kernel_size is missing" if not repeated else f"{len(repeated)} values of {name}"
             raise NetError(f"layer '{layer.name}': {what}; give one, or one per spatial axis")
@@ -73,13 +75,13 @@ def conv(layer: caffe_pb2.LayerParameter, spatial_axes: int = 2) -> Conv:
         axis=p.axis,
     )
     for name, values in (
-        ("num_output", (result.num_output,)),
+        ("num_output", (result.num_output,) if layer.type != "Im2col" else ()),
         ("kernel_size", result.kernel),
         ("stride", result.stride),
         ("dilation", result.dilation),
         ("group", (result.group,)),
     ):
-        if min(values) < 1:
+        if min(values, default=1) < 1:
             raise NetError(f"layer '{layer.name}': {name} is {min(values)}; it must be at least 1")
     if result.num_output % result.group:
         raise NetError(
@@ -112,6 +114,8 @@ def pool(layer: caffe_pb2.LayerParameter) -> Pool:
     stride, pad = pair("stride", "stride", 1), pair("pad", "pad", 0)
     assert stride is not None
     assert pad is not None
+    if p.global_pooling and (max(pad) > 0 or max(stride) > 1):
+        raise NetError(f"layer '{layer.name}': global_pooling with a pad or stride; drop these")
     if min(stride) < 1 or (kernel is not None and min(kernel) < 1):
         raise NetError(f"layer '{layer.name}': kernel_size and stride must be at least 1")
     if kernel is not None and any(a >= k for a, k in zip(pad, kernel, strict=True)):

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message as ProtoMessage
 
@@ -26,7 +27,8 @@ MAX_DEPTH = 100  # protobuf's own limit for nested messages
 _TOKEN = re.compile(
     r"""(?P<space>(?:[ \t\r\n\f\v]+|\#[^\n]*)+)
       | (?P<word>[A-Za-z_][A-Za-z0-9_.]*)
-      | (?P<number>(?:0[xX][0-9a-fA-F]+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)[fF]?(?![A-Za-z0-9_]))
+      | (?P<number>(?:0[xX][0-9a-fA-F]+|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)[fF]?
+                   (?![A-Za-z0-9_]))
       | (?P<string>"(?:[^"\\\n]|\\[^\n])*"|'(?:[^'\\\n]|\\[^\n])*')
       | (?P<punct>[{}<>\[\]:;,-])""",
     re.VERBOSE,
@@ -105,6 +107,8 @@ def read_text(path: Path) -> str:
         raise PrototxtError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
         raise PrototxtError(f"{path}: is a directory; give the prototxt file in it") from None
+    except OSError as error:
+        raise PrototxtError(f"{path}: cannot be read: {error.strerror}") from None
     if b"\0" in data:
         raise PrototxtError(
             f"{path}:{data[: data.index(0)].count(10) + 1}: binary data, not a prototxt; "
@@ -151,9 +155,9 @@ class _Parser:
     def _bad_token(self, at: int) -> str:
         if self.text[at] in "\"'":
             return "a string without its closing quote; close it on the same line"
-        if self.text[at].isdigit() or self.text[at] == ".":
-            word = re.match(r"[\w.]*", self.text[at:])
-            return f"'{word.group()[:40] if word else ''}' is not a number; correct it"
+        if self.text[at] in "0123456789.":
+            word = re.match(r"[\w.]*", self.text[at : at + 40])
+            return f"'{word.group() if word else ''}' is not a number; correct it"
         shown = self.text[at : at + 1].encode("ascii", "backslashreplace").decode()
         return f"'{shown}' cannot stand here; not a prototxt, or a template with placeholders left in it"
 
@@ -246,8 +250,9 @@ _SIMPLE_ESCAPE = {
     "n": b"\n", "t": b"\t", "r": b"\r", "a": b"\a", "b": b"\b", "f": b"\f", "v": b"\v",
     "\\": b"\\", "'": b"'", '"': b'"', "?": b"?",
 }  # fmt: skip
-_ESCAPE = re.compile(r"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|(.))")
-_STRING = re.compile(r"\"((?:[^\"\\]|\\.)*)\"|'((?:[^'\\]|\\.)*)'")
+_ESCAPE = re.compile(
+    r"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|u([0-9a-fA-F]{4})|U(00(?:0[0-9a-fA-F]|10)[0-9a-fA-F]{4})|(.))"
+)
 _TRUE, _FALSE = {"true", "True", "t", "1"}, {"false", "False", "f", "0"}
 _INT_RANGE = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
@@ -260,16 +265,19 @@ _INT_RANGE = {
 def unquote(text: str) -> str:
     """The value of a (possibly adjacent, possibly escaped) string literal."""
     out = b""
-    for match in _STRING.finditer(text):
-        body = match.group(1) if match.group(1) is not None else match.group(2)
-        at = 0
+    for match in _TOKEN.finditer(text):  # comments may stand between adjacent strings
+        if match.lastgroup != "string":
+            continue
+        body, at = match.group()[1:-1], 0
         for escape in _ESCAPE.finditer(body):
             out += encode(body[at : escape.start()])
-            octal, hexa, simple = escape.groups()
+            octal, hexa, short, long, simple = escape.groups()
             if octal:
                 out += bytes([int(octal, 8) & 255])
             elif hexa:
                 out += bytes([int(hexa, 16)])
+            elif short or long:
+                out += chr(int(short or long, 16)).encode("utf-8", "surrogatepass")
             else:
                 out += _SIMPLE_ESCAPE.get(simple, encode(simple))
             at = escape.end()
@@ -279,7 +287,8 @@ def unquote(text: str) -> str:
 
 def quote(value: str) -> str:
     """``value`` as a double-quoted string literal."""
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda match: f"\\{ord(match.group()):03o}", escaped) + '"'
 
 
 @cache
@@ -294,11 +303,16 @@ def to_message(tree: Message, into: ProtoMessage, path: Path | str = "<text>") -
     """
     unknown: list[Field] = []
     known = _fields_of(into.DESCRIPTOR)
+    once: set[str] = set()
     for f in tree.fields:
         descriptor = known.get(f.name)
         if descriptor is None:
             unknown.append(f)
             continue
+        if not descriptor.is_repeated:
+            if f.name in once:
+                raise PrototxtError(f"{path}:{f.line}: {f.name} is given twice; keep one")
+            once.add(f.name)
         if descriptor.message_type is not None:
             if not isinstance(f.value, Message):
                 raise PrototxtError(f"{path}:{f.line}: {f.name} holds a message; write {f.name} {{ ... }}")
@@ -327,6 +341,8 @@ def _scalar_value(descriptor: FieldDescriptor, text: str) -> Any:
     kind = descriptor.cpp_type
     value: Any
     quoted = text[0] in "\"'"
+    if text[0] == "-":  # spaces and comments may stand behind the sign
+        text = "-" + [match.group() for match in _TOKEN.finditer(text) if match.lastgroup != "space"][-1]
     if kind == FieldDescriptor.CPPTYPE_STRING:
         if not quoted:
             raise ValueError(f"expected a quoted string, found {text[:40]}")
@@ -354,14 +370,14 @@ def _scalar_value(descriptor: FieldDescriptor, text: str) -> Any:
     if kind in _INT_RANGE:
         low, high = _INT_RANGE[kind]
         try:
-            value = int(text, 8) if re.fullmatch(r"-?0[0-7]+", text) else int(text.replace(" ", ""), 0)
+            value = int(text, 8) if re.fullmatch(r"-?0[0-7]+", text) else int(text, 0)
         except ValueError:
             raise ValueError(f"expected an integer, found {text[:40]}") from None
         if not low <= value <= high:
             raise ValueError(f"{text[:40]} is outside {low}..{high}")
         return value
     try:
-        return float(re.sub(r"(?<=[\d.])[fF]$", "", text.replace(" ", "")))
+        return float(re.sub(r"(?<=[0-9.])[fF]$", "", text))
     except ValueError:
         raise ValueError(f"expected a number, found {text[:40]}") from None
 
@@ -377,7 +393,9 @@ def render(tree: Message, indent: str = "", newline: str = "\n") -> str:
             out.append(f"{indent}{f.name}: {f.value}{newline}")
         elif f.one_line:
             inner = " ".join(render(f.value, "", "\n").split("\n")).strip()
-            out.append(f"{indent}{f.name} {{ {inner} }}{newline}")
+            out.append(
+                f"{indent}{f.name} {{ {inner} }}{newline}" if inner else f"{indent}{f.name} {{ }}{newline}"
+            )
         else:
             inner = render(f.value, indent + "  ", newline)
             out.append(f"{indent}{f.name} {{{newline}{inner}{indent}}}{newline}")
@@ -386,6 +404,4 @@ def render(tree: Message, indent: str = "", newline: str = "\n") -> str:
 
 def number(value: float) -> str:
     """A number as prototxts write it: the shortest text that reads back as the same float32."""
-    from google.protobuf.internal.type_checkers import ToShortestFloat
-
-    return str(value) if isinstance(value, int) else f"{ToShortestFloat(value):g}"
+    return str(value) if isinstance(value, int) else str(np.float32(value)).removesuffix(".0")

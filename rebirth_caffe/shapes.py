@@ -55,6 +55,9 @@ def layer_shapes(layer: Layer, bottoms: list[MaybeShape]) -> list[MaybeShape]:
         return [None] * len(layer.top)
     if len(bottoms) < _MIN_BOTTOMS.get(layer.type, 0 if layer.type in SOURCES else 1):
         raise NetError(f"{layer.where}: {layer.type} has {len(bottoms)} bottoms, too few; add the missing")
+    for bottom in known:
+        if len(bottom) < _MIN_AXES.get(layer.type, 0):
+            raise NetError(f"{layer.where}: its bottom has too few axes ({_x(bottom)}) for {layer.type}")
     tops = list(rule(layer, known))
     for shape in tops:
         if shape is not None and (any(d < 0 for d in shape) or math.prod(shape) >= 2**31):
@@ -88,11 +91,16 @@ def conv_size(size: int, extent: int, stride: int, pad: int) -> int:
     return (size + 2 * pad - extent) // stride + 1
 
 
-def pool_size(size: int, kernel: int, stride: int, pad: int, ceil: bool = True) -> int:
-    """Output size of a pooling along one axis: rounded up, windows that start in the far padding clipped."""
+def pool_size(
+    size: int, kernel: int, stride: int, pad: int, ceil: bool = True, clip: bool | None = None
+) -> int:
+    """Output size of a pooling along one axis: rounded up, windows that start in the far padding clipped.
+
+    Caffe clips both axes where either has padding: ``clip`` says so; without it this one decides.
+    """
     span = size + 2 * pad - kernel
     out = (-(-span // stride) if ceil else span // stride) + 1
-    if pad and (out - 1) * stride >= size + pad:
+    if (clip or (clip is None and pad)) and (out - 1) * stride >= size + pad:
         out -= 1
     return out
 
@@ -104,13 +112,16 @@ def _transformed(
     layer: Layer, batch: int, height: int, width: int, channels: int | None
 ) -> Sequence[MaybeShape]:
     t = layer.param.transform_param
-    if t.force_gray:
-        channels = 1
-    elif t.force_color or len(t.mean_value) > 1:
-        channels = len(t.mean_value) if len(t.mean_value) > 1 else 3
+    if channels is None:
+        if t.force_gray:
+            channels = 1
+        elif len(t.mean_value) > 1:
+            channels = len(t.mean_value)
+        else:
+            channels = 3 if t.force_color else ASSUMED_CHANNELS
     if t.crop_size:
         height = width = t.crop_size
-    image: MaybeShape = (batch, channels or ASSUMED_CHANNELS, height, width) if height and width else None
+    image: MaybeShape = (batch, channels, height, width) if height and width else None
     return [image, (batch,), (batch,)][: len(layer.top)]
 
 
@@ -133,7 +144,11 @@ def _dummy_data(layer: Layer, _: list[Shape]) -> Sequence[MaybeShape]:
     if p.shape:
         given: list[MaybeShape] = [tuple(shape.dim) for shape in p.shape]
     else:
-        given = [tuple(dims) for dims in zip(p.num, p.channels, p.height, p.width, strict=False)]
+        sizes = (p.num, p.channels, p.height, p.width)
+        n = max(map(len, sizes))
+        if any(len(values) not in (1, n) for values in sizes):
+            raise NetError(f"{layer.where}: give num, channels, height and width once, or once per top")
+        given = list(zip(*(list(values) * (n // len(values)) for values in sizes), strict=True))
     return given * len(layer.top) if len(given) == 1 else given
 
 
@@ -161,6 +176,12 @@ def _spatial(layer: Layer, shape: Shape) -> tuple[params.Conv, int, int]:
 
 def _windows(layer: Layer, sizes: Shape, geometry: params.Conv) -> Shape:
     out = tuple(map(conv_size, sizes, geometry.extent, geometry.stride, geometry.pad))
+    # Caffe's division rounds towards zero: a window may exceed its input by less than a stride.
+    spans = zip(sizes, geometry.extent, geometry.stride, geometry.pad, strict=True)
+    out = tuple(
+        1 if -stride < size + 2 * pad - extent < 0 else o
+        for o, (size, extent, stride, pad) in zip(out, spans, strict=True)
+    )
     if any(size < 1 for size in out):
         raise NetError(f"{layer.where}: its window {_x(geometry.extent)} exceeds its input {_x(sizes)}")
     return out
@@ -178,10 +199,12 @@ def _deconvolution(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     out: list[MaybeShape] = []
     for shape in bottoms:
         g, axis, _ = _spatial(layer, shape)
-        sizes = (
+        sizes = [
             s * (size - 1) + e - 2 * p
             for size, e, s, p in zip(shape[axis + 1 :], g.extent, g.stride, g.pad, strict=True)
-        )
+        ]
+        if any(size < 1 for size in sizes):
+            raise NetError(f"{layer.where}: its padding leaves nothing of its output; correct pad")
         out.append((*shape[:axis], g.num_output, *sizes))
     return out
 
@@ -199,7 +222,7 @@ def _pooling(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     p = params.pool(layer.param)
     kernel = p.kernel or shape[2:]
     sizes = tuple(
-        pool_size(size, k, s, pad, p.ceil)
+        pool_size(size, k, s, pad, p.ceil, any(p.pad))
         for size, k, s, pad in zip(shape[2:], kernel, p.stride, p.pad, strict=True)
     )
     if any(size < 1 for size in sizes):
@@ -208,8 +231,18 @@ def _pooling(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
 
 
 def _spp(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
-    bins = sum(4**level for level in range(layer.param.spp_param.pyramid_height))
-    return [(bottoms[0][0], bottoms[0][1] * bins)]
+    height, (batch, channels, *sizes) = layer.param.spp_param.pyramid_height, bottoms[0]
+    if not 1 <= height <= 15:
+        raise NetError(f"{layer.where}: pyramid_height is {height}; give 1 or more")
+    for size, bins in itertools.product(sizes, (2**level for level in range(height))):
+        kernel = -(-size // bins)
+        if (kernel * bins - size + 1) // 2 >= kernel:
+            raise NetError(
+                f"{layer.where}: {size} pixels do not divide into {bins} bins; lower pyramid_height"
+            )
+    if height == 1:
+        return [(batch, channels, 1, 1)]
+    return [(batch, channels * sum(4**level for level in range(height)))]
 
 
 # ---- layers that keep, join or cut shapes -----------------------------------------------------------------
@@ -222,11 +255,16 @@ def _same(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
 def _inner_product(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     p = layer.param.inner_product_param
     axis = _axis(layer, p.axis, bottoms[0])
+    if not p.num_output:
+        raise NetError(f"{layer.where}: num_output is missing; give 1 or more")
     return [(*bottoms[0][:axis], p.num_output)]
 
 
 def _embed(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
-    return [(*bottoms[0], layer.param.embed_param.num_output)]
+    p = layer.param.embed_param
+    if not p.num_output or not p.input_dim:
+        raise NetError(f"{layer.where}: num_output or input_dim is missing; give both")
+    return [(*bottoms[0], p.num_output)]
 
 
 def _concat(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
@@ -263,6 +301,8 @@ def _flatten(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     shape = bottoms[0]
     start = _axis(layer, layer.param.flatten_param.axis, shape)
     end = _axis(layer, layer.param.flatten_param.end_axis, shape)
+    if start > end + 1:
+        raise NetError(f"{layer.where}: its axis {start} lies behind its end_axis {end}; swap them")
     return [(*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :])]
 
 
@@ -272,6 +312,8 @@ def _reshape(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     end = len(shape) if p.num_axes == -1 else start + p.num_axes
     if not 0 <= start <= end <= len(shape):
         raise NetError(f"{layer.where}: axis and num_axes lie outside its {len(shape)}-D bottom")
+    if any(d == 0 and start + i >= len(shape) for i, d in enumerate(p.shape.dim)):
+        raise NetError(f"{layer.where}: a dim of 0 copies an axis that its {len(shape)}-D bottom has not")
     dims = [shape[start + i] if d == 0 else d for i, d in enumerate(p.shape.dim)]
     count = math.prod(shape[start:end])
     if dims.count(-1) == 1:
@@ -285,12 +327,25 @@ def _reshape(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
 
 
 def _crop(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
-    axis = _axis(layer, layer.param.crop_param.axis, bottoms[0])
-    return [bottoms[0][:axis] + bottoms[1][axis:]]
+    p, (shape, wanted) = layer.param.crop_param, bottoms[:2]
+    axis = _axis(layer, p.axis, shape)
+    if len(wanted) < len(shape):
+        raise NetError(f"{layer.where}: its bottoms have different axes: {_x(shape)}, {_x(wanted)}")
+    offsets = list(p.offset) or [0]
+    if len(offsets) == 1:
+        offsets *= len(shape) - axis
+    if len(offsets) != len(shape) - axis:
+        raise NetError(f"{layer.where}: {len(offsets)} offsets; give one, or one per axis from {axis} on")
+    for size, offset, cut in zip(shape[axis:], offsets, wanted[axis:], strict=False):
+        if size - offset < cut:
+            raise NetError(f"{layer.where}: {cut} at offset {offset} reaches beyond its input of {size}")
+    return [shape[:axis] + wanted[axis : len(shape)]]
 
 
 def _tile(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     shape = list(bottoms[0])
+    if layer.param.tile_param.tiles < 1:
+        raise NetError(f"{layer.where}: tiles is missing; give 1 or more")
     shape[_axis(layer, layer.param.tile_param.axis, bottoms[0])] *= layer.param.tile_param.tiles
     return [tuple(shape)]
 
@@ -301,8 +356,11 @@ def _reduction(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
 
 def _argmax(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     p, shape = layer.param.argmax_param, bottoms[0]
+    axis = _axis(layer, p.axis, shape) if p.HasField("axis") else 1
+    choices = shape[axis] if p.HasField("axis") else math.prod(shape[1:])
+    if not 1 <= p.top_k <= choices:
+        raise NetError(f"{layer.where}: top_k is {p.top_k}; it must be 1 to {choices}")
     if p.HasField("axis"):
-        axis = _axis(layer, p.axis, shape)
         return [(*shape[:axis], p.top_k, *shape[axis + 1 :])]
     axes = max(len(shape), 3)
     return [(shape[0], 2 if p.out_max_val else 1, p.top_k, *(1,) * (axes - 3))[:axes]]
@@ -390,6 +448,7 @@ RULES: dict[str, Rule] = {
     "Slice": _slice,
     "Tile": _tile,
 }
+_MIN_AXES = {"ArgMax": 1, "BatchReindex": 1, "LSTM": 2, "PReLU": 2, "RNN": 2, "SPP": 4}
 _MIN_BOTTOMS = dict.fromkeys(
     ("Accuracy", "BatchReindex", "Crop", "Eltwise", "LSTM", "RNN", *LOSSES),
     2,
@@ -440,6 +499,10 @@ def _scale_weights(layer: Layer, bottoms: list[Shape]) -> list[Shape]:
     p = layer.param.scale_param if layer.type == "Scale" else layer.param.bias_param
     axis = _axis(layer, p.axis, bottoms[0]) if bottoms[0] else 0
     end = len(bottoms[0]) if p.num_axes == -1 else axis + p.num_axes
+    if len(bottoms) == 1 and not axis <= end <= len(bottoms[0]):
+        raise NetError(
+            f"{layer.where}: num_axes {p.num_axes} from axis {axis} of {_x(bottoms[0])}; correct it"
+        )
     factor = bottoms[1] if len(bottoms) > 1 else bottoms[0][axis:end]
     own = [] if len(bottoms) > 1 else [factor]
     return own + [factor] * (layer.type == "Scale" and layer.param.scale_param.bias_term)
@@ -457,7 +520,8 @@ def _rnn_weights(layer: Layer, bottoms: list[Shape]) -> list[Shape]:
     p, k = layer.param.recurrent_param, math.prod(bottoms[0][2:])
     n = p.num_output
     gates = 4 * n if layer.type == "LSTM" else n
-    static = [(gates, math.prod(bottoms[2][1:]))] if len(bottoms) > 2 and not p.expose_hidden else []
+    exposed = (2 if layer.type == "LSTM" else 1) if p.expose_hidden else 0
+    static = [(gates, math.prod(bottoms[2][1:]))] if len(bottoms) > 2 + exposed else []
     if layer.type == "LSTM":
         return [(gates, k), (gates,), *static, (gates, n)]
     return [(n, k), (n,), *static, (n, n), (n, n), (n,)]

@@ -1,6 +1,11 @@
 """What several test files need."""
 
+import json
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,3 +22,46 @@ def caffe() -> Caffe:
         if os.environ.get("CI"):
             pytest.fail(str(error))
         pytest.skip(str(error))
+
+
+class Refused(Exception):
+    """What real Caffe said where it refused."""
+
+
+class InCaffe:
+    """Code in pycaffe's Python, in one child process for all tests: importing caffe takes a second."""
+
+    Refused = Refused
+
+    def __init__(self, caffe: Caffe) -> None:
+        self.child = subprocess.Popen(
+            [str(caffe.python), str(Path(__file__).with_name("in_caffe.py"))],
+            env={**caffe.environment(), "GLOG_minloglevel": "2"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, code: str, **arguments: Any) -> Any:
+        """What ``code`` leaves in ``result``; Refused where it raises or Caffe aborts."""
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        self.child.stdin.write(json.dumps([code, arguments]) + "\n")
+        self.child.stdin.flush()
+        reply = json.loads(self.child.stdout.readline())
+        if "refused" in reply:
+            raise Refused(reply["refused"])
+        return reply["result"]
+
+    def net(self, path: Path, phase: int = 1, **options: Any) -> dict[str, Any]:
+        """What Caffe makes of a net: see ``describe`` in in_caffe.py."""
+        what = {"path": str(path), "phase": phase, **options}
+        return dict(self("result = describe(**what)", what=what))
+
+
+@pytest.fixture(scope="session")
+def in_caffe(caffe: Caffe) -> Iterator[InCaffe]:
+    """Real Caffe, to be asked about nets."""
+    child = InCaffe(caffe)
+    yield child
+    child.child.communicate()
