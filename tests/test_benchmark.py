@@ -70,7 +70,7 @@ def test_the_table(caffe: Caffe, nets: tuple[Path, Path, Path]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split() for line in done.stdout.splitlines()]
     assert done.stdout.startswith(f"Caffe {caffe.version}, OpenCV 4")
-    assert "batch 1, 1 thread, median of 3 forwards taken in turn" in done.stdout
+    assert "batch 1, 1 thread, median of 3 forwards in turn" in done.stdout
     rows = [line for line in lines if line[:1] in (["small"], ["wide"])]
     assert [row[:2] for row in rows] == 2 * [
         [net, engine] for engine in ("Caffe", "OpenCV") for net in ("small", "wide")

@@ -87,7 +87,7 @@ def main() -> None:
     versions = ", ".join(f"{TITLES[name]} {version}" for name, version in report.engines)
     Console().print(
         f"{versions}; batch {report.batch}, {report.threads} thread{'s' * (report.threads > 1)}, "
-        f"median of {report.runs} forwards taken in turn",
+        f"median of {report.runs} forwards in turn",
         times(report),
         memory(report),
         *(layers(report) if args.layers else ()),
@@ -112,7 +112,7 @@ def times(report: Report) -> Table:
 def memory(report: Report) -> Table:
     """Memory of every net in every engine."""
     table = new_table(
-        "Memory, MB (peak: how far the process grew, loading included)",
+        "Memory, MB (peak: by how much the process grew)",
         ["net", "engine"],
         ["weights", "activations", "peak"],
     )
@@ -154,7 +154,7 @@ def new_table(title: str, columns: list[str], numbers: list[str]) -> Table:
     from rich.table import Table
 
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
     )
     for column in columns:
         table.add_column(column, overflow="fold")

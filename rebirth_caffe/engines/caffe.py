@@ -69,7 +69,7 @@ def _caffe_at(path: Path, origin: str) -> Caffe:
     """The Caffe in this place. Raises EngineError saying what is wrong with it."""
     if not path.exists():
         raise EngineError(f"{origin}: no such file or directory; give a Caffe's directory or command")
-    roots = [path] if path.is_dir() else [path.parents[1], path.parents[min(2, len(path.parents) - 1)]]
+    roots = [path] if path.is_dir() else list(path.parents[1:3])  # of ROOT/bin/caffe, ROOT/build/tools/caffe
     binaries = [path / name for name in _BINARIES] if path.is_dir() else [path]
     binary = next((b for b in binaries if b.exists()), None)
     version = "unknown"
