@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _BINARIES = ("bin/caffe", "build/tools/caffe", "build/tools/caffe.bin")
 _PYTHONS = ("bin/python", "bin/python3")
 _MODULES = "python"
+# What a Python says in which nobody ever installed a Caffe: no news.
+_ABSENT = re.compile("No module named '(caffe|numpy)'")
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def _search() -> Caffe:
         imported = _first_python(_host_pythons(), None)
     except EngineError as error:
         imported = None
-        if "No module named 'caffe'" not in str(error):
+        if not _ABSENT.search(str(error)):
             problems.append(str(error))
     if imported is not None:
         return Caffe(found.binary if found else None, imported[0], None, imported[1])
@@ -142,7 +144,7 @@ def _first_python(pythons: Iterable[Path], modules: Path | None) -> tuple[Path, 
         except EngineError as error:
             problems.append(error)
     if problems:
-        raise next((p for p in problems if "No module named 'caffe'" not in str(p)), problems[0])
+        raise next((problem for problem in problems if not _ABSENT.search(str(problem))), problems[0])
     return None
 
 
