@@ -455,7 +455,7 @@ def test_no_caffe_at_all(machine: Callable[..., None], tmp_path: Path) -> None:
     # A Python without NumPy is no Caffe gone wrong.
     (tmp_path / "path" / "python3").unlink()
     executable(tmp_path / "path" / "python3", "echo \"No module named 'numpy'\" >&2; exit 1")
-    with pytest.raises(EngineError, match="^no Caffe was found; give one"):
+    with pytest.raises(EngineError, match=r"^no Caffe was found; give one"):
         find_caffe()
     executable(tmp_path / "path" / "caffe", "echo broken >&2; exit 1")
     with pytest.raises(EngineError, match=r"no Caffe was found \(.*caffe does not run: broken\)"):
