@@ -70,7 +70,8 @@ def _msra(filler: Filler, shape: Shape, random: Generator) -> Array:
 
 def _positive_unitball(_: Filler, shape: Shape, random: Generator) -> Array:
     values: Array = random.random((shape[0], math.prod(shape[1:])), np.float32)
-    return (values / values.sum(axis=1, keepdims=True)).reshape(shape)
+    values /= values.sum(axis=1, keepdims=True)
+    return values.reshape(shape)
 
 
 def _bilinear(_: Filler, shape: Shape, __: Generator) -> Array:
@@ -95,13 +96,10 @@ def fill_missing(net: Net, seed: int = 0) -> None:
     """Give every layer that needs weights and has none blobs drawn from its fillers.
 
     Where a prototxt names no filler Caffe would give zeros and the net would compute nothing; such layers
-    get xavier. BatchNorm gets the statistics of a standard normal (mean 0, variance 1, factor 1). Raises
-    NetError where a layer's shapes are not known.
+    get xavier. BatchNorm gets the statistics of a standard normal (mean 0, variance 1, factor 1).
     """
     for layer, shapes in all_param_shapes(net).items():
-        if shapes is None:
-            raise NetError(f"{layer.where}: its weights' shapes are not known ({layer.type}); give --weights")
-        if not shapes or layer.blobs:
+        if not shapes or layer.blobs:  # none needed, not known (a fork's layer), or there already
             continue
         random = generator(seed, layer.name)
         if layer.type == "BatchNorm":

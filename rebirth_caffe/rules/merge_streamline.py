@@ -53,11 +53,13 @@ def _behind(
     if reason is not None:
         found.refused.append(Refusal(group, reason))
         return
-    taken.update([conv, *chain.layers])
     base = conv.name.split("/")[0]
     name = m.fresh(conv.name, REBIRTH, names)
     kept = conv_spec(m, conv, name, IN, OUT, [], conv, options)
-    assert not isinstance(kept, str)
+    if isinstance(kept, str):
+        found.refused.append(Refusal(group, kept))
+        return
+    taken.update([conv, *chain.layers])
     if not chain.pools:
         found.merges.append(_merge(base, conv, chain, kept[0], ()))
         return
