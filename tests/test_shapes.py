@@ -17,7 +17,7 @@ from rebirth_caffe.schema import caffe_pb2
 from rebirth_caffe.shapes import RULES, all_param_shapes, conv_size, infer, layer_shapes, pool_size
 
 ZOO = Path(__file__).parent.parent / "prototxts"
-NETS = ["bvlc_googlenet", "bvlc_reference_caffenet", "bvlc_alexnet", "resnet_50"]
+NETS = sorted(path.parent.name for path in ZOO.glob("*/deploy.prototxt"))
 
 
 def ours(net: Net, phase: int = TEST) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -373,24 +373,27 @@ def test_deploy_as_in_caffe(name, in_caffe):
     assert ours(Net.load(path)) == caffes(in_caffe.net(path))
 
 
-@pytest.fixture(scope="session")
-def imagenet(tmp_path_factory):
-    """What a train_val net reads: a database of one image, and a mean image."""
-    folder = tmp_path_factory.mktemp("imagenet")
-    datum = caffe_pb2.Datum(channels=3, height=256, width=256, data=bytes(3 * 256 * 256), label=0)
-    with lmdb.open(str(folder / "lmdb")) as database, database.begin(write=True) as transaction:
-        transaction.put(b"0", datum.SerializeToString())
-    mean = caffe_pb2.BlobProto(num=1, channels=3, height=256, width=256, data=[0] * 3 * 256 * 256)
-    (folder / "mean.binaryproto").write_bytes(mean.SerializeToString())
-    return folder
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """What a train_val net reads, by channels: folders with a database of one image, and a mean image."""
+    folders = {channels: tmp_path_factory.mktemp("images") for channels in (1, 3)}
+    for channels, folder in folders.items():
+        pixels = channels * 256 * 256
+        datum = caffe_pb2.Datum(channels=channels, height=256, width=256, data=bytes(pixels), label=0)
+        with lmdb.open(str(folder / "lmdb")) as database, database.begin(write=True) as transaction:
+            transaction.put(b"0", datum.SerializeToString())
+        mean = caffe_pb2.BlobProto(num=1, channels=channels, height=256, width=256, data=[0] * pixels)
+        (folder / "mean.binaryproto").write_bytes(mean.SerializeToString())
+    return folders
 
 
 @pytest.mark.parametrize("phase", [TRAIN, TEST])
 @pytest.mark.parametrize("name", NETS)
-def test_train_val_as_in_caffe(name, phase, in_caffe, imagenet, tmp_path):
+def test_train_val_as_in_caffe(name, phase, in_caffe, images, tmp_path):
     text = (ZOO / name / "train_val.prototxt").read_text()
-    text = re.sub(r'source: "[^"]*"', f'source: "{imagenet}/lmdb"', text)
-    text = re.sub(r'mean_file: "[^"]*"', f'mean_file: "{imagenet}/mean.binaryproto"', text)
+    folder = images[1 if "force_gray" in text else 3]
+    text = re.sub(r'source: "[^"]*"', f'source: "{folder}/lmdb"', text)
+    text = re.sub(r'mean_file: "[^"]*"', f'mean_file: "{folder}/mean.binaryproto"', text)
     text = re.sub(r"batch_size: \d+", "batch_size: 2", text)
     text = re.sub(r"(weight|bias)_filler \{[^}]*\}", "", text)  # the fillers take Caffe seconds
     path = tmp_path / "train_val.prototxt"
