@@ -314,15 +314,22 @@ class Net:
         self.items = list(items)
         self.header = header  # everything but the layers
         self.strangers: list[Record] = []  # weights of layers this net does not have
+        self.image: tuple[int, int, int] | None = None  # C x H x W of a database the file only names
 
     @classmethod
-    def load(cls, prototxt_path: Path | str, weights: Path | str | None = None) -> Net:
-        """Read a net and, if given, its weights.
+    def load(
+        cls,
+        prototxt_path: Path | str,
+        weights: Path | str | None = None,
+        image: tuple[int, int, int] | None = None,
+    ) -> Net:
+        """Read a net and, if given, its weights and the images (C x H x W) its Data layers read.
 
         Raises PrototxtError, NetError or WeightsError with the place and what to do.
         """
         path = Path(prototxt_path)
         net = cls.parse(prototxt.read_text(path), path)
+        net.image = image
         return net.with_weights(weights) if weights is not None else net
 
     @classmethod
@@ -404,6 +411,7 @@ class Net:
         """A net of other pieces under the same header."""
         net = Net(self.path, items, self.header)
         net.strangers = self.strangers
+        net.image = self.image
         return net
 
     def replace(self, swap: Callable[[Layer], Iterable[Layer]]) -> Net:

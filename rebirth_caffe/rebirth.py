@@ -124,6 +124,7 @@ def rebirth(
     kernel: str = "keep",
     init: str = "inherit",
     seed: int = 0,
+    image: tuple[int, int, int] | None = None,
 ) -> Result:
     """Read a net, merge what can be merged, and return the reborn one; nothing is written.
 
@@ -137,6 +138,8 @@ def rebirth(
         kernel: keep, cover or auto (see ``rules.geometry.choose``).
         init: weights of reborn layers, xavier or inherit.
         seed: of everything random.
+        image: channels, height and width of the images a Data layer reads, where its prototxt does not say
+            (a crop_size gives the size, mean values the channels).
 
     Raises RebirthError with the place, what is wrong and what to do.
     """
@@ -144,7 +147,7 @@ def rebirth(
         raise RebirthError(f"--reduce {reduce:g}: give a ratio above 0 and at most 1")
     if kernel not in KERNELS or init not in METHODS:
         raise RebirthError(f"kernel is one of {', '.join(KERNELS)}, init one of {', '.join(METHODS)}")
-    net = Net.load(prototxt, weights)
+    net = Net.load(prototxt, weights, image)
     if plan is None:
         proposal = plans.propose(net, kernel, reduce, exact, only, skip)
     else:

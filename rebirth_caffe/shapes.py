@@ -20,7 +20,8 @@ Shape = tuple[int, ...]
 MaybeShape = Shape | None
 Rule = Callable[[Layer, list[Shape]], Sequence[MaybeShape]]
 
-# Channels of a Data layer whose prototxt does not say: the database does, and it is never opened here.
+# Channels of a Data layer where neither its prototxt nor ``Net.image`` nor weights say: the database does,
+# and it is never opened here.
 ASSUMED_CHANNELS = 3
 
 
@@ -34,12 +35,16 @@ def infer(view: View, batch: int | None = None) -> dict[Value, MaybeShape]:
     def entering(shape: MaybeShape) -> MaybeShape:
         return (batch, *shape[1:]) if batch is not None and shape else shape
 
+    image = view.net.image or (_first_channels(view) or ASSUMED_CHANNELS, 0, 0)
     shapes: dict[Value, MaybeShape] = {}
     for value, shape in zip(view.inputs, _input_shapes(view.net.header), strict=False):
         shapes[value] = entering(shape)
     for layer in view.layers:
         bottoms = [shapes.get(value) for value in view.bottoms[layer]]
-        tops: list[MaybeShape] = layer_shapes(layer, bottoms)
+        if layer.type == "Data":
+            tops = list(_data_of(layer, image))
+        else:
+            tops = layer_shapes(layer, bottoms)
         if layer.type in SOURCES and layer.type != "Parameter":
             tops = [entering(shape) for shape in tops]
         for i, value in enumerate(view.tops[layer]):
@@ -63,6 +68,15 @@ def layer_shapes(layer: Layer, bottoms: list[MaybeShape]) -> list[MaybeShape]:
         if shape is not None and (any(d < 0 for d in shape) or math.prod(shape) >= 2**31):
             raise NetError(f"{layer.where}: its output would be {_x(shape)}; correct the sizes")
     return tops
+
+
+def _first_channels(view: View) -> int | None:
+    """The image channels that the weights of a convolution right behind a Data layer were made for."""
+    for layer in view.layers:
+        makers = [value.producer for value in view.bottoms[layer] if value.producer is not None]
+        if layer.type == "Convolution" and layer.blobs and any(maker.type == "Data" for maker in makers):
+            return layer.blobs[0].shape[1] * layer.param.convolution_param.group
+    return None
 
 
 def _input_shapes(header: caffe_pb2.NetParameter) -> list[MaybeShape]:
@@ -109,16 +123,9 @@ def pool_size(
 
 
 def _transformed(
-    layer: Layer, batch: int, height: int, width: int, channels: int | None
+    layer: Layer, batch: int, height: int, width: int, channels: int
 ) -> Sequence[MaybeShape]:
     t = layer.param.transform_param
-    if channels is None:
-        if t.force_gray:
-            channels = 1
-        elif len(t.mean_value) > 1:
-            channels = len(t.mean_value)
-        else:
-            channels = 3 if t.force_color else ASSUMED_CHANNELS
     if t.crop_size:
         height = width = t.crop_size
     image: MaybeShape = (batch, channels, height, width) if height and width else None
@@ -126,7 +133,16 @@ def _transformed(
 
 
 def _data(layer: Layer, _: list[Shape]) -> Sequence[MaybeShape]:
-    return _transformed(layer, layer.param.data_param.batch_size, 0, 0, None)
+    return _data_of(layer, (ASSUMED_CHANNELS, 0, 0))
+
+
+def _data_of(layer: Layer, image: Shape) -> Sequence[MaybeShape]:
+    """A Data layer over images of C x H x W, as far as its own parameters do not say."""
+    t = layer.param.transform_param
+    channels = 1 if t.force_gray else 3 if t.force_color else image[0]
+    if len(t.mean_value) > 1:
+        channels = len(t.mean_value)
+    return _transformed(layer, layer.param.data_param.batch_size, image[1], image[2], channels)
 
 
 def _image_data(layer: Layer, _: list[Shape]) -> Sequence[MaybeShape]:
