@@ -2,35 +2,74 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn, TextIO
 
 from .errors import RebirthError
 
 
-def run(main: Callable[[], object]) -> None:
-    """Run a command's ``main``.
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line like all others."""
 
-    Bad input (RebirthError, OSError) prints ``error: ...`` on one line and exits with 2, an interrupt
-    exits with 130, and a closed pipe ends quietly.
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; see {self.prog} --help")
+
+
+def run(main: Callable[[], object]) -> NoReturn:
+    """Run a command's ``main`` and exit.
+
+    Bad input (RebirthError, OSError) prints ``error: ...`` on one line and exits with 2, an interrupt exits
+    with 130, being told to stop with 128 and the signal's number, and a closed pipe ends quietly.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):  # not at once: what is half written is removed first
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
+        if sys.stdout is not None:
+            _escape_what_cannot_be_printed(sys.stdout)
         main()
-        sys.exit(0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except RebirthError as error:
         fail(str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         sys.exit(141)
     except OSError as error:
-        where = error.filename if error.filename is not None else "input/output"
-        fail(f"{where}: {error.strerror or error}; check the path, its permissions and the free space")
+        if error.filename is None:
+            _silence(sys.stdout)
+            what = error.strerror or error
+            fail(f"standard output or a temporary file: {what}; check the free space")
+        fail(f"{error.filename}: {error.strerror or error}; check the path, its permissions and free space")
+    except MemoryError:
+        fail("out of memory; close other programs or use a larger machine")
     except KeyboardInterrupt:
         sys.exit(130)
+    sys.exit(0)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print ``error: message`` as one line on stderr and exit with 2."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + printable(" ".join(message.split())), file=sys.stderr)
     sys.exit(2)
+
+
+def printable(text: str) -> str:
+    """``text`` in one line and harmless for a terminal: names in files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _escape_what_cannot_be_printed(stream: TextIO) -> None:
+    """A layer's name in another alphabet than the terminal's is no reason to stop."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+
+def _silence(stream: TextIO) -> None:
+    """Keep Python from complaining about ``stream`` once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,117 +1,222 @@
-"""What a person sees: the table of a rebirth."""
+"""What a person sees: what a rebirth merged, what it refused and why, and the cost before and after."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from . import params
+from .cli import printable
+from .errors import NetError
 from .merge import Merge, Spec
+from .net import Layer
+from .rules.match import ACTIVATION
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from .rebirth import Result
 
+WIDTH_WITHOUT_TERMINAL = 120
+NAMES_SHOWN = 6
 
-def show(result: Result, console: Console) -> None:
+
+def new_console() -> Console:
+    """Standard output: as wide as the terminal, 120 columns where there is none; colours only in one."""
+    from rich.console import Console
+
+    console = Console(highlight=False, emoji=False, markup=False)
+    if "COLUMNS" not in os.environ and not any(map(os.isatty, (0, 1, 2))):
+        console.width = WIDTH_WITHOUT_TERMINAL
+    return console
+
+
+def show(result: Result, console: Console | None = None) -> None:
     """Print what was merged into what, what was refused and why, and the cost before and after."""
-    from rich.table import Table
-    from rich.text import Text
+    console = console or new_console()
 
-    console.print(Text(f"{result.original.name}: {_summary(result)}", style="bold"))
-    retrained = [m for m in result.merges if not m.exact]
-    exact = [m for m in result.merges if m.exact]
-    if retrained:
-        table = Table("step", "absorbs", "becomes", title="merged, to be retrained", title_justify="left")
-        stage = ""
-        for merge in retrained:
-            table.add_row(
-                merge.stage if merge.stage != stage else "",
-                Text(_short(merge.absorbs)),
-                Text("\n".join(_becomes(spec) for spec in merge.becomes if not spec.kept)),
-                end_section=True,
-            )
-            stage = merge.stage
-        console.print(table)
-    if exact:
-        console.print(f"exact, nothing to retrain: {_exact(exact)}")
-    offers = [m for m in result.plan.merges if m not in result.merges]
-    offered = [m for m in offers if m.enabled is False and not m.note.startswith("left out")]
-    reasons: dict[str, list[str]] = {}
-    for refusal in result.refused:
-        reasons.setdefault(refusal.reason, []).append(" + ".join(refusal.layers))
-    if reasons:
-        table = Table("layers", "why not", title="refused", title_justify="left")
-        for reason, layers in reasons.items():
-            table.add_row(Text("\n".join(layers)), Text(reason))
-        console.print(table)
-    if offered:
-        console.print(f"offered in plan.yaml (enabled: false): {', '.join(m.id for m in offered)}")
-    console.print(_costs(result))
-    strangers = result.net.strangers
-    if strangers:
-        names = ", ".join(record.name for record in strangers[:4]) + (" ..." if len(strangers) > 4 else "")
-        console.print(f"weights of layers this net does not have, not written: {names}", highlight=False)
-    if result.without_weights:
-        console.print(f"layers without weights: {', '.join(result.without_weights)}", highlight=False)
+    def section(*parts: str | Table) -> None:
+        if parts:
+            console.print()
+        for part in parts:
+            console.print(printable(part) if isinstance(part, str) else part)
 
-
-def _short(names: tuple[str, ...]) -> str:
-    """Names in one line, what all begin with (up to a slash) written once."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        prefix, _, rest = name.rpartition("/")
-        groups.setdefault(prefix, []).append(rest)
-    parts = []
-    for prefix, rests in groups.items():
-        inner = ", ".join(rests)
-        parts.append(
-            f"{prefix}/{{{inner}}}" if prefix and len(rests) > 1 else f"{prefix}/{inner}".lstrip("/")
-        )
-    return ", ".join(parts)
+    console.print(printable(f"{result.original.name}: {_summary(result)}"), style="bold")
+    section(*_merged(result))
+    section(*_exact(result.merges), *_left_out(result))
+    section(*_refused(result))
+    section(_costs(result))
+    section(*_weights(result))
 
 
 def _summary(result: Result) -> str:
-    exact = sum(m.exact for m in result.merges)
-    steps = len(result.plan.stages)
-    parts = [f"{exact} exact merge{'s' * (exact != 1)}"]
-    count = len(result.merges) - exact
-    parts.append(f"{count} to retrain in {steps} step{'s' * (steps != 1)}" if count else "nothing to retrain")
-    return ", ".join(parts)
-
-
-def _exact(merges: list[Merge]) -> str:
-    folds = [m for m in merges if m.kind == "fold"]
-    drops = [m for m in merges if m.kind == "drop"]
+    exact = sum(merge.exact for merge in result.merges)
+    count, steps = len(result.merges) - exact, len(result.plan.stages)
     parts = []
+    if count:
+        parts.append(f"{count} merge{'s' * (count > 1)} to retrain in {steps} step{'s' * (steps > 1)}")
+    if exact:
+        parts.append(f"{exact} exact" + ("" if count else ", nothing to retrain"))
+    return ", ".join(parts) or "nothing merged, the net stays as it is"
+
+
+# ---- what was merged --------------------------------------------------------------------------------------
+
+
+def _merged(result: Result) -> list[Table]:
+    """The merges to be retrained, a row each."""
+    originals = _Originals(result)
+    rows = []
+    stage = ""
+    for merge in result.merges:
+        if merge.exact:
+            continue
+        reborn = [spec for spec in merge.becomes if not spec.kept]
+        gone = [originals.name(name) for name in merge.absorbs if name not in {spec.like for spec in reborn}]
+        gone = [name for name in gone if not originals.is_activation(name)]
+        into = [(originals.name(spec.like), originals.change(spec)) for spec in reborn]
+        folders = {name.rpartition("/")[0] for name, _ in into}
+        folder = folders.pop() if len(folders) == 1 else ""
+        rows.append(
+            [
+                merge.stage if merge.stage != stage else "",
+                folder,
+                ", ".join(_inside(folder, name) for name in gone),
+                ", ".join(f"{_inside(folder, name)} ({change})" for name, change in into),
+            ]
+        )
+        stage = merge.stage
+    return [_table(["step", "in", "merged", "into (outputs, stride)"], rows)] if rows else []
+
+
+def _inside(folder: str, name: str) -> str:
+    return name.removeprefix(f"{folder}/") if folder else name
+
+
+class _Originals:
+    """The layers of the net as it was given, also by the names that exact merges gave them."""
+
+    def __init__(self, result: Result) -> None:
+        self.net = result.original
+        made = (spec for merge in result.merges for spec in merge.becomes if not spec.kept)
+        self.made = {spec.name: spec.like for spec in made}
+
+    def name(self, name: str) -> str:
+        """What a layer was called at first."""
+        while name in self.made:
+            name = self.made[name]
+        return name
+
+    def layer(self, name: str) -> Layer | None:
+        try:
+            return self.net.layer(self.name(name))
+        except NetError:
+            return None
+
+    def is_activation(self, name: str) -> bool:
+        layer = self.layer(name)
+        return layer is not None and layer.type in ACTIVATION
+
+    def change(self, spec: Spec) -> str:
+        """What is new in a reborn layer: ``128->192, stride 1->2``."""
+        layer = self.layer(spec.like)
+        if layer is None:
+            return "reborn"
+        convolution = layer.type == "Convolution"
+        weighted = layer.param.convolution_param if convolution else layer.param.inner_product_param
+        pairs: list[tuple[str, object, object]] = [("", weighted.num_output, spec.num_output)]
+        if convolution and spec.kernel and spec.stride and spec.pad:
+            conv = params.conv(layer.param)
+            pairs += [
+                ("", "x".join(map(str, conv.kernel)), "x".join(map(str, spec.kernel))),
+                ("stride ", _short(conv.stride), _short(spec.stride)),
+                ("pad ", _short(conv.pad), _short(spec.pad)),
+            ]
+        return ", ".join(f"{what}{old}->{new}" for what, old, new in pairs if old != new) or "same size"
+
+
+def _short(values: tuple[int, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
+
+
+def _exact(merges: list[Merge]) -> list[str]:
+    """Exact merges, all told in a line or two."""
+    folds = [merge for merge in merges if merge.kind == "fold"]
+    drops = [merge.absorbs[0] for merge in merges if merge.kind == "drop"]
+    lines = []
     if folds:
-        absorbed = sum(len(m.absorbs) - 1 for m in folds)
-        parts.append(f"{absorbed} BatchNorm and Scale layers folded into {len(folds)} layers below them")
+        absorbed, into = sum(len(merge.absorbs) - 1 for merge in folds), len(folds)
+        lines.append(f"exact: {absorbed} BatchNorm and Scale layers folded into the {into} layers below them")
     if drops:
-        parts.append(f"Dropout removed ({', '.join(m.absorbs[0] for m in drops)})")
-    return "; ".join(parts)
+        lines.append(f"exact: Dropout removed ({_some(drops)})")
+    return lines
 
 
-def _becomes(spec: Spec) -> str:
-    from .rules.merge_streamline import describe
+def _left_out(result: Result) -> list[str]:
+    """Merges the plan knows, but was told not to make."""
+    left = [merge.id for merge in result.plan.merges if merge.note.startswith("left out")]
+    return [f"left out as asked: {_some(left)}"] if left else []
 
-    shape = f"{spec.num_output} x {describe(spec)}" if spec.kernel is not None else describe(spec)
-    return f"{spec.name}  {shape}"
+
+# ---- what was refused, the cost, and where the weights went -----------------------------------------------
 
 
-def _costs(result: Result) -> object:
-    from rich.table import Table
+def _refused(result: Result) -> list[Table]:
+    """Refusals, those with the same reason together."""
+    reasons: dict[str, list[str]] = {}
+    for refusal in result.refused:
+        reasons.setdefault(refusal.reason, []).append(" + ".join(refusal.layers))
+    rows = [[_some(layers), reason] for reason, layers in reasons.items()]
+    return [_table(["not merged", "why"], rows)] if rows else []
 
-    table = Table("", "before", "after", "ratio", title="cost of one image", title_justify="left")
+
+def _costs(result: Result) -> Table:
+    b, a = result.before, result.after
+    rows = []
+    for name, before, after, unit, digits, suffix in (
+        ("layers", b.layers, a.layers, 1, 0, ""),
+        ("multiply-adds", b.macs, a.macs, 1e6, 1, " M"),
+        ("parameters", b.params, a.params, 1e6, 2, " M"),
+        ("activations", b.activation_bytes, a.activation_bytes, 1e6, 2, " MB"),
+        ("activations at peak", b.peak_activation_bytes, a.peak_activation_bytes, 1e6, 2, " MB"),
+    ):
+        numbers = [f"{value / unit:,.{digits}f}{suffix}" for value in (before, after)]
+        rows.append([name, *numbers, f"{before / after:.2f}x" if after else ""])
+    table = _table(["cost of one image", "before", "after", "ratio"], rows)
     for column in table.columns[1:]:
         column.justify = "right"
-    b, a = result.before, result.after
-    for name, before, after, unit, digits in (
-        ("layers", b.layers, a.layers, 1, 0),
-        ("million multiply-adds", b.macs, a.macs, 1e6, 1),
-        ("million parameters", b.params, a.params, 1e6, 2),
-        ("activations, MB", b.activation_bytes, a.activation_bytes, 1e6, 2),
-        ("activations at peak, MB", b.peak_activation_bytes, a.peak_activation_bytes, 1e6, 2),
-    ):
-        ratio = f"{before / after:.2f}x" if after else ""
-        table.add_row(name, f"{before / unit:,.{digits}f}", f"{after / unit:,.{digits}f}", ratio)
     return table
+
+
+def _weights(result: Result) -> list[str]:
+    lines = []
+    if result.net.strangers:
+        names = _some([record.name for record in result.net.strangers])
+        lines.append(f"weights of layers this net does not have, not written: {names}")
+    if result.without_weights:
+        lines.append(f"layers without weights, the file has none for them: {_some(result.without_weights)}")
+    return lines
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> Table:
+    """A table without lines between its rows, and without columns that are empty."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0), pad_edge=False)
+    used = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    for i in used:
+        table.add_column(columns[i], overflow="fold")
+    for row in rows:
+        table.add_row(*(printable(row[i]) for i in used))
+    return table
+
+
+def _some(names: Iterable[str]) -> str:
+    """Names in a line; of many the first few."""
+    names = list(names)
+    if len(names) <= NAMES_SHOWN:
+        return ", ".join(names)
+    return f"{', '.join(names[: NAMES_SHOWN - 1])} and {len(names) - NAMES_SHOWN + 1} more"

@@ -5,64 +5,78 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rebirth_caffe import cli
-from rebirth_caffe.init import METHODS
-from rebirth_caffe.rebirth import KERNELS, rebirth
+
+# What is heavy is imported in main(), so that --help and a wrong option answer at once.
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__)
+    p = cli.Parser(description=__doc__)
     p.add_argument("prototxt", metavar="IN.prototxt", help="a deploy or train_val net")
     p.add_argument("--weights", metavar="W.caffemodel", help="its trained weights (current or V1 storage)")
-    p.add_argument("--out", metavar="DIR", help="where to write (default: <name>_rebirth/)")
-    p.add_argument("--force", action="store_true", help="replace our files in an existing --out")
-    p.add_argument("--plan", metavar="PLAN.yaml", help="apply this plan instead of proposing one")
+    p.add_argument("--out", metavar="DIR", help="where to write (default: <name of the net>_rebirth/)")
+    p.add_argument("--force", action="store_true",
+                   help="replace what an earlier run wrote into --out; other files there stay")  # fmt: skip
+    p.add_argument("--plan", metavar="PLAN.yaml",
+                   help="apply this plan, --reduce and --kernel as they are in it")  # fmt: skip
     which = p.add_mutually_exclusive_group()
-    which.add_argument(
-        "--only", metavar="IDS", type=_ids, default=(), help="just these merges or steps: 3a,3b"
-    )
+    which.add_argument("--only", metavar="IDS", type=_ids, default=(),
+                       help="just these merges or training steps: conv1,4b-4d")  # fmt: skip
     which.add_argument("--skip", metavar="IDS", type=_ids, default=(), help="all but these")
     p.add_argument("--exact", action="store_true", help="only what leaves the net's function as it is")
     p.add_argument("--reduce", metavar="R", type=float, default=0.5,
-                   help="what is left of the reducers under merged branches (default 0.5)")  # fmt: skip
-    p.add_argument("--kernel", choices=KERNELS, default="keep",
-                   help="kernel of a convolution that takes in a pool: the original, the smallest "
-                   "well-centred, or the whole receptive field (default keep)")  # fmt: skip
-    p.add_argument("--init", choices=METHODS, default="inherit",
-                   help="weights of reborn layers: noise as in the paper, or the absorbed kernels "
-                   "(default inherit)")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+                   help="what is left of the reducers under merged branches (default: 0.5)")  # fmt: skip
+    p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="keep",
+                   help="kernel of a convolution that takes in a pool: the original, all the two of them "
+                   "saw, or the smallest well-centred (default: keep)")  # fmt: skip
+    p.add_argument("--init", choices=("xavier", "inherit"), default="inherit",
+                   help="weights of reborn layers: noise as in the paper, or the absorbed layers' "
+                   "(default: inherit)")  # fmt: skip
+    p.add_argument("--seed", metavar="N", type=_seed, default=0, help="of everything random (default: 0)")
     p.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     return p.parse_args()
 
 
 def _ids(text: str) -> tuple[str, ...]:
-    return tuple(word for word in text.split(",") if word)
+    ids = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not ids:
+        raise argparse.ArgumentTypeError("names no merge; give ids like conv1,4b-4d")
+    return ids
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0")
+    return int(text)
 
 
 def main() -> None:
     args = parse_args()
+    # These matrices are small: threads would only wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from rebirth_caffe.rebirth import rebirth
+
     result = rebirth(
         args.prototxt, args.weights, plan=args.plan, only=args.only, skip=args.skip, exact=args.exact,
         reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed,
     )  # fmt: skip
-    out = args.out or f"{result.original.name.replace('/', '_')}_rebirth"
+    default = re.sub(r"[^\w.+-]", "_", result.original.name)[:60] + "_rebirth"
+    out = default if args.out is None else args.out
     written = [] if args.dry_run else result.write(out, args.force)
     if args.json:
         print(json.dumps(result.report(), indent=2))
         return
-    from rich.console import Console
-
     from rebirth_caffe.report import show
 
-    console = Console(highlight=False, soft_wrap=False)
-    show(result, console)
+    show(result)
     if written:
         print(f"wrote {out}/: {', '.join(path.name for path in written)}")
 
