@@ -40,6 +40,8 @@ def parse_args() -> argparse.Namespace:
                    help="weights of reborn layers: noise as in the paper, or the absorbed layers' "
                    "(default: inherit)")  # fmt: skip
     p.add_argument("--seed", metavar="N", type=_seed, default=0, help="of everything random (default: 0)")
+    p.add_argument("--image", metavar="CxHxW", type=_image,
+                   help="the images a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     return p.parse_args()
@@ -50,6 +52,13 @@ def _ids(text: str) -> tuple[str, ...]:
     if not ids:
         raise argparse.ArgumentTypeError("names no merge; give ids like conv1,4b-4d")
     return ids
+
+
+def _image(text: str) -> tuple[int, int, int]:
+    sizes = text.lower().split("x")
+    if len(sizes) != 3 or not all(size.isdecimal() and 0 < int(size) < 2**15 for size in sizes):
+        raise argparse.ArgumentTypeError(f"'{text}' is no CxHxW; give channels, height and width: 3x32x32")
+    return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
 
 def _seed(text: str) -> int:
@@ -66,7 +75,7 @@ def main() -> None:
 
     result = rebirth(
         args.prototxt, args.weights, plan=args.plan, only=args.only, skip=args.skip, exact=args.exact,
-        reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed,
+        reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed, image=args.image,
     )  # fmt: skip
     default = re.sub(r"[^\w.+-]", "_", result.original.name)[:60] + "_rebirth"
     out = default if args.out is None else args.out
