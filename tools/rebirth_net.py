@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
                    "(default: inherit)")  # fmt: skip
     p.add_argument("--seed", metavar="N", type=_seed, default=0, help="of everything random (default: 0)")
     p.add_argument("--image", metavar="CxHxW", type=_image,
-                   help="the images a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
+                   help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     return p.parse_args()
