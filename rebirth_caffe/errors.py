@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 
 class RebirthError(Exception):
     """Something a person can mend. The command line prints ``error: <message>`` and exits with 2."""
+
+    def __str__(self) -> str:
+        """The message; control characters in a name of the user's are escaped, to keep it one line."""
+        return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match.group())[1:-1], super().__str__())
 
 
 class PrototxtError(RebirthError):

@@ -75,7 +75,8 @@ def _first_channels(view: View) -> int | None:
     for layer in view.layers:
         makers = [value.producer for value in view.bottoms[layer] if value.producer is not None]
         if layer.type == "Convolution" and layer.blobs and any(maker.type == "Data" for maker in makers):
-            return layer.blobs[0].shape[1] * layer.param.convolution_param.group
+            shape = layer.blobs[0].shape
+            return shape[1] * layer.param.convolution_param.group if len(shape) > 1 else None
     return None
 
 
@@ -122,9 +123,7 @@ def pool_size(
 # ---- layers that make data --------------------------------------------------------------------------------
 
 
-def _transformed(
-    layer: Layer, batch: int, height: int, width: int, channels: int
-) -> Sequence[MaybeShape]:
+def _transformed(layer: Layer, batch: int, height: int, width: int, channels: int) -> Sequence[MaybeShape]:
     t = layer.param.transform_param
     if t.crop_size:
         height = width = t.crop_size

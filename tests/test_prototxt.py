@@ -46,7 +46,8 @@ AWKWARD = {
     "  input_param { shape { dim: 1 } }\r\n}\r\n",
     "comments everywhere": '# above\nname # c\n: # c\n"x" # c\n\n#\n#}\nlayer # c\n{ # {\n name: "#a" # "c\n'
     ' type: "Input" top: "#a" # c\n input_param { shape { dim: 1 } # c\n } # c\n # last\n} # behind\n# end',
-    "comment without newline at the end": 'layer { type: "Input" name: "a" top: "a" } # end',
+    "comments like text": 'layer { type: "Input" name: "a" top: "a" } # a; b] c,\n# d, e ] };\n\n# ;\n'
+    'layer { type: "Silence" name: "b" bottom: "a" } # end ;',
     "separators": 'name: ";";layer { name: "a", type: "Input"; top: "a"; input_param { shape { }, }; };'
     'layer { name: "b" type: "Power" bottom: "a" top: "b", power_param { power: 2 } }\n,\n'
     'layer { name: "c" type: "Power" bottom: "b" top: "c" } # behind\n# above\n; # behind\n'

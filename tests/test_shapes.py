@@ -391,14 +391,38 @@ def images(tmp_path_factory):
 @pytest.mark.parametrize("name", NETS)
 def test_train_val_as_in_caffe(name, phase, in_caffe, images, tmp_path):
     text = (ZOO / name / "train_val.prototxt").read_text()
-    folder = images[1 if "force_gray" in text else 3]
+    channels = 1 if "fashion" in name else 3
+    folder = images[channels]
     text = re.sub(r'source: "[^"]*"', f'source: "{folder}/lmdb"', text)
     text = re.sub(r'mean_file: "[^"]*"', f'mean_file: "{folder}/mean.binaryproto"', text)
     text = re.sub(r"batch_size: \d+", "batch_size: 2", text)
     text = re.sub(r"(weight|bias)_filler \{[^}]*\}", "", text)  # the fillers take Caffe seconds
     path = tmp_path / "train_val.prototxt"
     path.write_text(text)
-    assert ours(Net.load(path), phase) == caffes(in_caffe.net(path, phase))
+    net = Net.load(path, image=(channels, 256, 256))
+    assert ours(net, phase) == caffes(in_caffe.net(path, phase))
+
+
+@pytest.mark.parametrize(
+    ("transform", "image", "shape"),
+    [
+        ("", None, None),
+        ("crop_size: 20", None, (5, 3, 20, 20)),
+        ("crop_size: 20 mean_value: 1", None, (5, 3, 20, 20)),
+        ("crop_size: 20 mean_value: 1 mean_value: 2", None, (5, 2, 20, 20)),
+        ("crop_size: 20", (1, 30, 40), (5, 1, 20, 20)),
+        ("", (1, 30, 40), (5, 1, 30, 40)),
+        ("force_gray: true", (3, 30, 40), (5, 1, 30, 40)),
+        ("force_color: true", (1, 30, 40), (5, 3, 30, 40)),
+    ],
+)
+def test_data_as_far_as_the_file_says(transform, image, shape):
+    net = Net.parse(
+        'layer { name: "d" type: "Data" top: "data" top: "label" data_param { batch_size: 5 } '
+        f"transform_param {{ {transform} }} }}"
+    )
+    net.image = image
+    assert ours(net)[0] == {"data": shape, "label": (5,)}
 
 
 # ---- random nets ------------------------------------------------------------------------------------------
