@@ -197,21 +197,21 @@ reason() { # the first error in the log, or its last line
 
 # Packages of the host's own release, unpacked for this script alone. Nothing is installed, and where the
 # host's package lists are missing a private copy is fetched, so that root is not needed.
+apt_options=(-q -o APT::Sandbox::User=root -o Acquire::Retries=3)
 fetch() { # PACKAGE...
-    local lists=$work/lists options=(-q -o APT::Sandbox::User=root -o Acquire::Retries=3)
+    local lists=$work/lists deb
     if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
         fail "'$1' is not installed and there is no apt-get to fetch it; use Debian, Ubuntu or the Docker image"
     fi
     mkdir -p "$work/debs" "$work/host" "$lists/partial"
-    download() { ( cd "$work/debs" && exec apt-get "${options[@]}" "$@" ); }
+    download() { ( cd "$work/debs" && exec apt-get "${apt_options[@]}" "$@" ); }
     if ! run download download "$@"; then
-        options+=(-o "Dir::State::lists=$lists/" -o "Dir::Cache::pkgcache=" -o "Dir::Cache::srcpkgcache=")
+        apt_options+=(-o "Dir::State::lists=$lists/" -o "Dir::Cache::pkgcache=" -o "Dir::Cache::srcpkgcache=")
         : >"$log"
         if ! run download update || ! run download download "$@"; then
             fail "cannot fetch $*: $(reason); check the network, or: sudo apt-get install mmdebstrap"
         fi
     fi
-    local deb
     for deb in "$work"/debs/*.deb; do dpkg-deb -x "$deb" "$work/host"; done
     rm -rf "$work/debs"
 }
@@ -222,11 +222,15 @@ full_perl() { perl -e 'use Pod::Usage; use Time::HiRes; use Math::BigInt; use Te
 if ! command -v mmdebstrap >/dev/null; then
     echo "Fetching mmdebstrap, which unpacks Debian packages (for this run only)"
     command -v perl >/dev/null || fail "mmdebstrap needs perl: sudo apt-get install perl"
-    needed=(mmdebstrap)
-    full_perl || needed+=("perl-modules-$(perl -e 'printf "%vd", $^V' | cut -d. -f1,2)" "libperl$(perl -e 'printf "%vd", $^V' | cut -d. -f1,2)")
-    fetch "${needed[@]}"
+    fetch mmdebstrap
     export PATH=$work/host/usr/bin:$PATH
     if ! full_perl; then
+        # Its libraries' names hold its version; the perl package knows them.
+        libraries=$(apt-cache "${apt_options[@]}" depends perl 2>/dev/null |
+            sed -nE 's/^ *Depends: ((perl-modules-|libperl)5.*)/\1/p') || true
+        [ -n "$libraries" ] || fail "mmdebstrap needs all of perl: sudo apt-get install perl"
+        mapfile -t libraries <<<"$libraries"
+        fetch "${libraries[@]}"
         modules=("$work"/host/usr/share/perl/5.* "$work"/host/usr/lib/*/perl/5.*)
         PERL5LIB=$(IFS=:; echo "${modules[*]}${PERL5LIB:+:$PERL5LIB}")
         export PERL5LIB
