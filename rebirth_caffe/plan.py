@@ -7,6 +7,7 @@ Merges are applied in the plan's order; as many as do not touch each other go in
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from .prototxt import Field, Message, quote, render
 from .shapes import infer
 
 VERSION = 1
+MAX_DEPTH = 20  # of a plan.yaml
 
 
 @dataclass(frozen=True)
@@ -404,21 +406,12 @@ def _spec_data(spec: Spec) -> dict[str, Any]:
 
 def load(path: Path) -> Plan:
     """Read a plan.yaml. Raises PlanError with the place and what is wrong."""
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        document = yaml.load(path.read_text("utf-8"), Loader=loader)  # a safe loader: no code tags
-    except FileNotFoundError:
-        raise PlanError(f"{path}: no such file; check the path of the plan") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        raise PlanError(f"{path}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    document = _document(path)
     reader = _Reader(str(path))
     document = reader.mapping(document, "the file", {"version", "net", "merges"})
     if document.get("version") != VERSION:
-        raise PlanError(f"{path}: version {document.get('version')!r}; this tool reads version {VERSION}")
+        shown = reprlib.repr(document.get("version"))
+        raise PlanError(f"{path}: version is {shown}; this tool reads version {VERSION}")
     merges = tuple(
         reader.merge(m, i) for i, m in enumerate(reader.sequence(document.get("merges"), "merges"))
     )
@@ -432,6 +425,31 @@ def load(path: Path) -> Plan:
     return Plan(str(document.get("net", "")), merges)
 
 
+def _document(path: Path) -> Any:
+    """What a YAML file holds; PlanError where it is none."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a safe loader: no code tags
+    try:
+        text = path.read_text("utf-8")
+        depth = 0
+        for event in yaml.parse(text, Loader=loader):  # the loader itself would recurse until it crashes
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise PlanError(f"{path}: lists or mappings more than {MAX_DEPTH} deep; not a plan")
+        return yaml.load(text, Loader=loader)
+    except FileNotFoundError:
+        raise PlanError(f"{path}: no such file; check the path of the plan") from None
+    except IsADirectoryError:
+        raise PlanError(f"{path}: is a directory; give the plan.yaml in it") from None
+    # The loader lets through what Python says of a date, a number or a truth value that is none.
+    except (yaml.YAMLError, ValueError, LookupError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or error
+        raise PlanError(f"{path}{line}: not YAML: {problem}; correct it, or write a new plan") from None
+
+
 class _Reader:
     """Checks a YAML document on the way into merges; every complaint names the file and the merge."""
 
@@ -440,7 +458,7 @@ class _Reader:
 
     def mapping(self, data: Any, where: str, keys: Iterable[str]) -> dict[str, Any]:
         if not isinstance(data, dict):
-            raise PlanError(f"{self.path}: {where} is no mapping of keys to values")
+            raise PlanError(f"{self.path}: {where} is no mapping of keys to values; is it a plan.yaml?")
         unknown = [str(key) for key in data if key not in set(keys)]
         if unknown:
             raise PlanError(
@@ -450,7 +468,7 @@ class _Reader:
 
     def sequence(self, data: Any, where: str) -> list[Any]:
         if not isinstance(data, list):
-            raise PlanError(f"{self.path}: {where} is no list")
+            raise PlanError(f"{self.path}: {where} is no list; write [a, b]")
         return data
 
     def merge(self, data: Any, index: int) -> Merge:
@@ -512,7 +530,7 @@ class _Reader:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str) or (default is None and not value):
-            raise PlanError(f"{self.path}: {where}: {key} is {value!r}; give a name in quotes")
+            raise PlanError(f"{self.path}: {where}: {key} is {reprlib.repr(value)}; give a name in quotes")
         return value
 
     def words(self, data: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
@@ -524,7 +542,9 @@ class _Reader:
         if value is None:
             return None
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-            raise PlanError(f"{self.path}: {where}: {key} is {value!r}; give a whole number from 1")
+            raise PlanError(
+                f"{self.path}: {where}: {key} is {reprlib.repr(value)}; give a whole number from 1"
+            )
         return value
 
     def pair(self, data: dict[str, Any], key: str, where: str, least: int) -> tuple[int, int] | None:
@@ -537,6 +557,7 @@ class _Reader:
         )
         if not whole or len(values) != 2:
             raise PlanError(
-                f"{self.path}: {where}: {key} is {value!r}; give [height, width], whole numbers from {least}"
+                f"{self.path}: {where}: {key} is {reprlib.repr(value)}; "
+                f"give [height, width], whole numbers from {least}"
             )
         return values[0], values[1]
