@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Where packages come from is the user's configuration, never the project's.
 REGISTRIES = (
-    r"debian\.org|ubuntu\.com|pypi\.(org|python)|pythonhosted|(ana|)conda\.(org|com)|(docker|quay)\.io"
+    r"debian\.org|ubuntu\.com|pypi\.(org|python)|pythonhosted\.org|(ana|)conda\.(org|com)|(docker|quay)\.io"
 )
 # These exist on one person's machine only.
 PLACES = r"/home/\w|/Users/\w|/work/\w|/opt/(wheels|pypi)"
