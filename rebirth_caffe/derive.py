@@ -51,7 +51,7 @@ def deploy(net: Net) -> Net:
         if shape is None:
             raise NetError(
                 f"{value.producer.where if value.producer else net.path}: its image size is not in the file; "
-                "give it a crop_size to derive a deploy net"
+                "give it a crop_size, or --image 3x224x224 (channels x height x width)"
             )
         dims = " ".join(f"dim: {d}" for d in shape)
         new.append(_layer(net, value.name, "Input", [], value.name, f"input_param {{ shape {{ {dims} }} }}"))
@@ -60,6 +60,8 @@ def deploy(net: Net) -> Net:
         kind, name = _HEADS[loss.type]
         head.append(_layer(net, name, kind, [wanted[0].name], name))
     kept = [layer for layer in view.layers if layer in needed and layer.type not in DATA]
+    if not kept:
+        raise NetError(f"{net.path}: has no layers between its data and its loss; give a net that computes")
     first, last = kept[0], kept[-1]
 
     def swap(layer: Layer) -> list[Layer]:
