@@ -12,7 +12,9 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ class Result:
     refused: list[Refusal]
     before: Cost  # of the deploy nets, for one image
     after: Cost
+    sources: tuple[Path, ...] = ()  # the files it was read from
 
     @property
     def merges(self) -> list[Merge]:
@@ -49,8 +52,6 @@ class Result:
     def report(self) -> dict[str, Any]:
         """The content of report.json."""
         return {
-            "net": self.original.name,
-            "source": Path(self.original.path).name,
             "before": _cost(self.before),
             "after": _cost(self.after),
             "merges": [
@@ -65,11 +66,9 @@ class Result:
                 for m in self.merges
             ],
             "refused": [{"layers": list(r.layers), "reason": r.reason} for r in self.refused],
-            "without_weights": self.without_weights,
-            "weights_not_in_net": [record.name for record in self.net.strangers],
         }
 
-    @property
+    @cached_property
     def without_weights(self) -> list[str]:
         """Layers that should have weights and got none from the file."""
         if not any(layer.blobs for layer in self.net.layers):
@@ -81,35 +80,84 @@ class Result:
     def write(self, out: Path | str, force: bool = False) -> list[Path]:
         """Write the files into the directory ``out`` and return their paths.
 
-        They appear all at once: what goes wrong before leaves nothing behind. An existing directory is an
-        error unless ``force``; then these files are replaced and anything else in it is left alone.
+        All of them or none: whatever goes wrong, nothing is left behind. An existing directory is an error
+        unless ``force``; then what an earlier run wrote there is replaced, and anything else left alone.
         """
         out = Path(out)
-        if out.exists() and (not out.is_dir() or not force):
-            raise RebirthError(f"{out}: exists already; give another --out, or --force to replace its files")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        self._may_write(out, force)
         try:
-            self.deploy.write(work / "deploy.prototxt")
-            if is_trainable(self.net):
-                self.net.write(work / "train_val.prototxt")
-            if any(layer.blobs for layer in self.net.layers):
-                self.net.write_weights(work / "weights.caffemodel")
-            (work / "plan.yaml").write_text(plans.dump(self.plan), "utf-8")
-            (work / "report.json").write_text(json.dumps(self.report(), indent=2) + "\n", "utf-8")
-            written = [name for name in FILES if (work / name).exists()]
-            if out.exists():
-                for name in FILES:
-                    if name in written:
-                        (work / name).replace(out / name)
-                    else:  # of an earlier run: it does not go with these
-                        (out / name).unlink(missing_ok=True)
-            else:
-                work.chmod(0o777 & ~_umask())
-                work.rename(out)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        return [out / name for name in written]
+            with ExitStack() as cleanup:
+                for parent in reversed([p for p in out.parents if not p.exists()]):
+                    parent.mkdir()
+                    cleanup.callback(_remove_if_empty, parent)
+                replacing = out.exists()
+                work = Path(tempfile.mkdtemp(prefix=".rebirth.", dir=out if replacing else out.parent))
+                cleanup.callback(shutil.rmtree, work, ignore_errors=True)
+                names = self._write_into(work)
+                if replacing:
+                    _exchange(work, out, names)
+                else:
+                    work.chmod(0o777 & ~_umask())
+                    work.rename(out)
+        except OSError as error:
+            raise RebirthError(
+                f"{out}: cannot be written: {error.strerror or error}; "
+                "nothing was, check its permissions and free space or give another --out"
+            ) from None
+        return [out / name for name in names]
+
+    def _may_write(self, out: Path, force: bool) -> None:
+        if not os.path.lexists(out):
+            return
+        if not out.is_dir():
+            raise RebirthError(f"{out}: exists and is no directory; give another --out")
+        if not force:
+            raise RebirthError(f"{out}: exists already; give another --out, or --force to replace its files")
+        for path in (out / name for name in FILES):
+            if path.is_dir():
+                raise RebirthError(f"{path}: is a directory; give another --out")
+            if path.exists() and any(path.samefile(source) for source in self.sources if source.exists()):
+                raise RebirthError(f"{path}: was read as input and would be replaced; give another --out")
+
+    def _write_into(self, folder: Path) -> list[str]:
+        """Write every file there is to write; their names."""
+        self.deploy.write(folder / "deploy.prototxt")
+        if is_trainable(self.net):
+            self.net.write(folder / "train_val.prototxt")
+        if any(layer.blobs for layer in self.net.layers):
+            self.net.write_weights(folder / "weights.caffemodel")
+        (folder / "plan.yaml").write_text(plans.dump(self.plan), "utf-8")
+        (folder / "report.json").write_text(json.dumps(self.report(), indent=2) + "\n", "utf-8")
+        return [name for name in FILES if (folder / name).exists()]
+
+
+def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
+    """Put the files ``names`` of ``work`` into ``out``, or, on any failure, leave ``out`` as it was.
+
+    The other files of an earlier run go: they do not belong to these.
+    """
+    ours = all((out / name).exists() for name in ("plan.yaml", "report.json"))
+    before = work / "before"
+    before.mkdir()
+    with ExitStack() as undo:
+        for name in FILES if ours else names:
+            if os.path.lexists(out / name):
+                undo.callback(_put_back, before / name, out / name)
+                (out / name).replace(before / name)
+            if name in names:
+                undo.callback((out / name).unlink, missing_ok=True)
+                (work / name).replace(out / name)
+        undo.pop_all()
+
+
+def _put_back(saved: Path, path: Path) -> None:
+    if os.path.lexists(saved):
+        saved.replace(path)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def rebirth(
@@ -144,9 +192,12 @@ def rebirth(
     Raises RebirthError with the place, what is wrong and what to do.
     """
     if not 0 < reduce <= 1:
-        raise RebirthError(f"--reduce {reduce:g}: give a ratio above 0 and at most 1")
-    if kernel not in KERNELS or init not in METHODS:
-        raise RebirthError(f"kernel is one of {', '.join(KERNELS)}, init one of {', '.join(METHODS)}")
+        raise RebirthError(f"--reduce {reduce:g}: give a ratio above 0 and at most 1, like 0.5")
+    for name, value, known in (("kernel", kernel, KERNELS), ("init", init, METHODS)):
+        if value not in known:
+            raise RebirthError(f"--{name} {value}: give one of {', '.join(known)}")
+    if seed < 0:
+        raise RebirthError(f"--seed {seed}: give a whole number from 0")
     net = Net.load(prototxt, weights, image)
     if plan is None:
         proposal = plans.propose(net, kernel, reduce, exact, only, skip)
@@ -158,7 +209,16 @@ def rebirth(
     if after is not reborn:  # a deploy net of its own: never trained again
         drops = [m for m in plans.propose(after, exact=True).plan.merges if m.kind == "drop"]
         after = plans.apply(after, Plan(after.name, tuple(drops)))
-    return Result(net, reborn, after, proposal.plan, proposal.refused, cost(deploy(net)), cost(after))
+    return Result(
+        original=net,
+        net=reborn,
+        deploy=after,
+        plan=proposal.plan,
+        refused=proposal.refused,
+        before=cost(deploy(net)),
+        after=cost(after),
+        sources=tuple(Path(path) for path in (prototxt, weights) if path is not None),
+    )
 
 
 def _selected(plan: Plan, only: Sequence[str], skip: Sequence[str], exact: bool) -> Plan:

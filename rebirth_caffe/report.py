@@ -48,7 +48,7 @@ def show(result: Result, console: Console | None = None) -> None:
     section(*_exact(result.merges), *_left_out(result))
     section(*_refused(result))
     section(_costs(result))
-    section(*_weights(result))
+    section(*_notes(result))
 
 
 def _summary(result: Result) -> str:
@@ -160,7 +160,7 @@ def _left_out(result: Result) -> list[str]:
     return [f"left out as asked: {_some(left)}"] if left else []
 
 
-# ---- what was refused, the cost, and where the weights went -----------------------------------------------
+# ---- what was refused, and the cost -----------------------------------------------------------------------
 
 
 def _refused(result: Result) -> list[Table]:
@@ -190,8 +190,11 @@ def _costs(result: Result) -> Table:
     return table
 
 
-def _weights(result: Result) -> list[str]:
+def _notes(result: Result) -> list[str]:
+    """What is missing from the costs or from the weights."""
     lines = []
+    if result.before.unknown:
+        lines.append(f"cost not known, so not counted: {_some(result.before.unknown)}")
     if result.net.strangers:
         names = _some([record.name for record in result.net.strangers])
         lines.append(f"weights of layers this net does not have, not written: {names}")
