@@ -240,6 +240,9 @@ class Graph:
         self.net = net
         self.views: list[View] = []
         self._plainest: dict[int, View] = {}  # by phase
+        untyped = next((layer for layer in net.layers if not layer.type), None)
+        if untyped is not None:
+            raise NetError(f"{untyped.where}: has no type; give it one, or remove the layer")
         refused: list[NetError] = []
         for state, own in _states(net):
             try:
