@@ -46,7 +46,7 @@ def run(
     return subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
-        env={**os.environ, **environment},
+        env={**os.environ, "GLOG_logtostderr": "1", **environment},  # and no log files in /tmp
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
