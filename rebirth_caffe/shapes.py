@@ -463,7 +463,7 @@ RULES: dict[str, Rule] = {
     "Slice": _slice,
     "Tile": _tile,
 }
-_MIN_AXES = {"ArgMax": 1, "BatchReindex": 1, "LSTM": 2, "PReLU": 2, "RNN": 2, "SPP": 4}
+_MIN_AXES = {"ArgMax": 1, "BatchNorm": 2, "BatchReindex": 1, "LSTM": 2, "PReLU": 2, "RNN": 2, "SPP": 4}
 _MIN_BOTTOMS = dict.fromkeys(
     ("Accuracy", "BatchReindex", "Crop", "Eltwise", "LSTM", "RNN", *LOSSES),
     2,
@@ -506,8 +506,7 @@ def _embed_weights(layer: Layer, _: list[Shape]) -> list[Shape]:
 
 
 def _batch_norm_weights(_: Layer, bottoms: list[Shape]) -> list[Shape]:
-    channels = bottoms[0][1] if len(bottoms[0]) > 1 else 1
-    return [(channels,), (channels,), (1,)]
+    return [(bottoms[0][1],), (bottoms[0][1],), (1,)]
 
 
 def _scale_weights(layer: Layer, bottoms: list[Shape]) -> list[Shape]:

@@ -74,6 +74,7 @@ SINGLE = [
     single(conv("num_output: 4 kernel_size: 5 kernel_size: 2 stride: 1 stride: 3"), IMAGE),
     single(conv("num_output: 4 kernel_size: 4 stride: 2"), (1, 3, 3, 5)),  # window larger than its input
     single(conv("num_output: 4 kernel_size: 3"), (2, 6)),  # no spatial axes
+    single(conv("num_output: 4"), (2, 6)),
     single(conv("num_output: 4 kernel_size: 3 pad: 1 stride: 2"), (2, 6, 9)),
     single(conv("num_output: 4 kernel_size: 3 kernel_size: 1 kernel_size: 2 pad: 1 pad: 0 pad: 2"),
            (2, 6, 9, 7, 5)),
@@ -259,6 +260,7 @@ REFUSED = [
     (single(layer("LSTM", "num_output: 5"), (3,), (3, 2)), "too few axes (3) for LSTM"),
     (single(layer("LSTM", "num_output: 5"), (3, 2, 4)), "LSTM has 1 bottoms, too few"),
     (single(layer("PReLU"), (4,)), "too few axes (4) for PReLU"),
+    (single(layer("BatchNorm"), (4,)), "too few axes (4) for BatchNorm"),
     (single(layer("Scale", "axis: 2 num_axes: 3"), IMAGE), "num_axes 3 from axis 2 of 2x6x9x7"),
     (single(layer("Concat"), (2, 3, 4), (2, 3, 5)), "joins 2x3x4, 2x3x5; only axis 1 may differ"),
     (single(layer("Concat"), (2, 3, 4), (2, 3)), "joins 2x3x4, 2x3; only axis 1 may differ"),
