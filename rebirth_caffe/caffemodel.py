@@ -51,6 +51,8 @@ V1_TYPES = {
     "WINDOW_DATA": "WindowData", "THRESHOLD": "Threshold",
 }  # fmt: skip
 
+_AGAIN = "damaged: copy or download it again"
+
 
 class Blob:
     """A weight blob: its shape and its float32 values.
@@ -126,9 +128,28 @@ def read(path: Path | str) -> Weights:
     except IsADirectoryError:
         raise WeightsError(f"{path}: is a directory; give the .caffemodel file in it") from None
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read: {error.strerror}") from None
+        raise WeightsError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
     if bytes(source[:8]) == b"\x89HDF\r\n\x1a\n":
         raise WeightsError(f"{path}: HDF5 weights; convert them to a binary .caffemodel with Caffe first")
+    try:
+        return _read(source, path)
+    except WeightsError:
+        if _is_text(source):
+            what = "is text, not a caffemodel; the prototxt, or a download that failed?"
+            raise WeightsError(f"{path}: {what} Give the binary file") from None
+        raise
+
+
+def _is_text(source: memoryview) -> bool:
+    """Whether a file reads as text. A caffemodel never does: it starts with an unprintable byte."""
+    start = bytes(source[:500])
+    if not start.isascii():
+        return False
+    text = start.decode("ascii")
+    return text[:1].isprintable() and text != "" and all(c.isprintable() or c.isspace() for c in text)
+
+
+def _read(source: memoryview, path: Path) -> Weights:
     name, storage = "", "current"
     records: list[Record] = []
     for number, kind, value in _scan(source, str(path)):
@@ -141,7 +162,9 @@ def read(path: Path | str) -> Weights:
         elif number in (_NET_NAME, _NET_LAYER, _NET_V1_LAYER):
             raise WeightsError(f"{path}: not a caffemodel; a mean file or a solver's state?")
     if not records:
-        raise WeightsError(f"{path}: holds no layers; not a caffemodel, or an empty one")
+        raise WeightsError(
+            f"{path}: holds no layers; not a caffemodel, or an empty one: copy or download it again"
+        )
     return Weights(name, records, storage, source)
 
 
@@ -176,7 +199,7 @@ def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memor
             try:
                 proto.ParseFromString(bytes(value))
             except Exception:
-                raise WeightsError(f"{where}: broken shape; the file is damaged") from None
+                raise WeightsError(f"{where}: broken shape; {_AGAIN}") from None
             shape = tuple(proto.dim)
         elif number in _BLOB_LEGACY and kind == _VARINT:
             legacy = legacy or [0, 0, 0, 0]
@@ -184,7 +207,7 @@ def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memor
         elif (number, kind) in _VALUES:
             dtype = _VALUES[number, kind]
             if len(value) % int(dtype[-1]):
-                raise WeightsError(f"{where}: {len(value)} bytes are no whole number of values; damaged")
+                raise WeightsError(f"{where}: {len(value)} bytes are no whole number of values; {_AGAIN}")
             if kind == _BYTES and len(value):
                 data.append((value, dtype))
             elif data and data[-1][1] == dtype and isinstance(data[-1][0], bytearray):
@@ -197,7 +220,7 @@ def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memor
     elif shape is None:  # neither: Caffe writes no shape for a scalar
         shape = () if count else (0,)
     if any(d < 0 for d in shape) or math.prod(shape) != count:
-        raise WeightsError(f"{where}: shape {'x'.join(map(str, shape))} but {count} values; damaged")
+        raise WeightsError(f"{where}: shape {'x'.join(map(str, shape))} but {count} values; {_AGAIN}")
     return shape, data
 
 
@@ -235,7 +258,7 @@ def _scan(message: memoryview, where: str) -> Iterator[tuple[int, int, memoryvie
         key, at = _read_varint(message, at, where)
         number, kind = key >> 3, key & 7
         if not number:
-            raise WeightsError(f"{where}: no field at byte {at}; not a caffemodel, or damaged")
+            raise WeightsError(f"{where}: no field at byte {at}; not a caffemodel, or {_AGAIN}")
         if kind == _VARINT:
             value, at = _read_varint(message, at, where)
             yield number, kind, value  # type: ignore[misc]
@@ -245,7 +268,7 @@ def _scan(message: memoryview, where: str) -> Iterator[tuple[int, int, memoryvie
         elif kind in (_FIXED32, _FIXED64):
             size = 4 if kind == _FIXED32 else 8
         else:
-            raise WeightsError(f"{where}: wire type {kind} at byte {at}; not a caffemodel, or damaged")
+            raise WeightsError(f"{where}: no field at byte {at}; not a caffemodel, or {_AGAIN}")
         if size > end - at:
             raise WeightsError(
                 f"{where}: cut short: {size} bytes announced, {end - at} left; copy or download it again"
@@ -266,7 +289,7 @@ def _read_varint(message: memoryview, at: int, where: str) -> tuple[int, int]:
             return value, at
         shift += 7
         if shift > 63:
-            raise WeightsError(f"{where}: no number at byte {at}; not a caffemodel, or damaged")
+            raise WeightsError(f"{where}: no number at byte {at}; not a caffemodel, or {_AGAIN}")
 
 
 def _varint(value: int) -> bytes:

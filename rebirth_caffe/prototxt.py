@@ -34,6 +34,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _CLOSING = {"{": "}", "<": ">"}
+_WHY = "a brace or quote too many or too few, or not a prototxt"
 
 
 @dataclass(eq=False, slots=True)
@@ -108,7 +109,7 @@ def read_text(path: Path) -> str:
     except IsADirectoryError:
         raise PrototxtError(f"{path}: is a directory; give the prototxt file in it") from None
     except OSError as error:
-        raise PrototxtError(f"{path}: cannot be read: {error.strerror}") from None
+        raise PrototxtError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
     if b"\0" in data:
         raise PrototxtError(
             f"{path}:{data[: data.index(0)].count(10) + 1}: binary data, not a prototxt; "
@@ -173,9 +174,12 @@ class _Parser:
             if word == closing and (kind == "punct" or not closing):
                 return
             if kind == "end":
-                raise self.error(at, f"the file ends inside a message; '{closing}' is missing")
+                raise self.error(
+                    at,
+                    f"the file ends inside a message; '{closing}' is missing, add it or copy the file again",
+                )
             if kind != "word":
-                raise self.error(at, f"expected a field name, found {_shown(word)}")
+                raise self.error(at, f"expected a field name, found {_shown(word)}; {_WHY}")
             self.i += 1
             self._field(message, word, at, depth)
             if self.tokens[self.i][1] in (",", ";") and self.tokens[self.i][0] == "punct":
@@ -195,11 +199,11 @@ class _Parser:
                 else:
                     self._scalar(message, name, value_at)
                 if self.tokens[self.i][1] != "]" and not self._accept(","):
-                    raise self.error(self.tokens[self.i][2], "expected ',' or ']' in a list")
+                    raise self.error(self.tokens[self.i][2], "expected ',' or ']' in a list; add it")
         elif colon:
             self._scalar(message, name, at)
         else:
-            raise self.error(value_at, f"expected ':' or '{{' after '{name}', found {_shown(word)}")
+            raise self.error(value_at, f"expected ':' or '{{' after '{name}', found {_shown(word)}; {_WHY}")
 
     def _accept(self, punct: str) -> bool:
         kind, word, _ = self.tokens[self.i]
@@ -229,13 +233,13 @@ class _Parser:
             end = after + len(word)
             self.i += 1
             if kind not in ("number", "word"):
-                raise self.error(after, f"expected a number after '-', found {_shown(word)}")
+                raise self.error(after, f"expected a number after '-', found {_shown(word)}; add it")
         elif kind == "string":  # adjacent strings are one
             while self.tokens[self.i][0] == "string":
                 end = self.tokens[self.i][2] + len(self.tokens[self.i][1])
                 self.i += 1
         elif kind not in ("number", "word"):
-            raise self.error(start, f"expected a value for '{name}', found {_shown(word)}")
+            raise self.error(start, f"expected a value for '{name}', found {_shown(word)}; add it")
         text = self.text[start:end]
         message.fields.append(Field(name, text, self.line(at), at, end, start, end))
 
@@ -362,7 +366,7 @@ def _scalar_value(descriptor: FieldDescriptor, text: str) -> Any:
             return by_name.number
         return int(text) if text.isdigit() and int(text) in enum.values_by_number else None
     if quoted:
-        raise ValueError(f"expected a number or word, found the string {text[:40]}")
+        raise ValueError(f"expected a number or word, found the string {text[:40]}; remove the quotes")
     if kind == FieldDescriptor.CPPTYPE_BOOL:
         if text in _TRUE or text in _FALSE:
             return text in _TRUE
