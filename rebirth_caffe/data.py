@@ -104,7 +104,7 @@ def from_folders(folder: Path) -> Images:
     notes = []
     if len(entries) > len(folders):
         first = next(path.name for path in entries if path not in folders)
-        notes.append(f"{len(entries) - len(folders)} files outside the class folders not used ({first}, ...)")
+        notes.append(f"{len(entries) - len(folders)} not in a class folder and so not used, like {first}")
     if all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
         notes.append("labels count the folders as text, 10 before 2; see labels.txt")
     names = [os.path.relpath(path, folder) for path in paths]

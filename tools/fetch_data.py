@@ -139,7 +139,7 @@ def _unpacked(scratch: Path) -> Path:
                 (scratch / folder).mkdir(parents=True)
             _run(["apt-get", *own_lists, "-oAPT::Update::Error-Mode=any", "update"], scratch)
             _run(["apt-get", *own_lists, "download", PACKAGE], scratch)
-        _run(["dpkg-deb", "-x", str(next(scratch.glob("*.deb"))), "unpacked"], scratch)
+        _run(["dpkg-deb", "-x", *map(str, scratch.glob("*.deb")), "unpacked"], scratch)
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         said = (error.stderr.strip().splitlines() or [error]) if hasattr(error, "stderr") else [error]
         raise RebirthError(
