@@ -380,6 +380,7 @@ def test_a_file_cut_short_is_refused_wherever_the_cut_is(data, tmp_path):
             "shape 2147483648x1x1x1 but 0 values; damaged",
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_files_are_refused_for_what_they_are(data, message, tmp_path):
     said = complaint(data, tmp_path / "w")
