@@ -112,6 +112,15 @@ class Layer:
             layer.record = Record(self.record.name, self.record.type, self.record.blobs)
         return layer
 
+    def again(self, tree: Message) -> Layer:
+        """This layer with another tree: its comments above stay, and its weights."""
+        newline = "\r\n" if "\r\n" in self.text else "\n"
+        text = self.comments + prototxt.render(Message([Field("layer", tree)]), newline=newline)
+        layer = Layer.from_text(text, path=self.path, line=self.line)
+        if self.record is not None:
+            layer.record = Record(self.record.name, self.record.type, self.record.blobs)
+        return layer
+
     def spec(self, index: int) -> caffe_pb2.ParamSpec:
         """Training options of blob ``index``: Caffe's defaults where the file gives none."""
         return self.param.param[index] if index < len(self.param.param) else caffe_pb2.ParamSpec()
@@ -447,6 +456,12 @@ class Net:
             raise WeightsError(f"{path}: no layer with weights is called as one of {self.path}; wrong pair?")
         net.strangers = [r for r in weights.records if r.name not in names and r.blobs]
         check_weights(net, path)
+        return net
+
+    def without_weights(self) -> Net:
+        """This net as its prototxt alone gives it."""
+        net = Net.parse(self.text(), self.path)
+        net.image = self.image
         return net
 
     def write_weights(self, path: Path) -> None:

@@ -26,6 +26,8 @@ from .init import METHODS
 from .merge import Merge, Refusal
 from .net import Net
 from .plan import Plan, Proposal
+from .stages import FOLDERS, Training, prepare
+from .stages import write as write_stages
 
 KERNELS = ("keep", "cover", "auto")
 FILES = ("deploy.prototxt", "train_val.prototxt", "weights.caffemodel", "plan.yaml", "report.json")
@@ -43,6 +45,9 @@ class Result:
     before: Cost  # of the deploy nets, for one image
     after: Cost
     sources: tuple[Path, ...] = ()  # the files it was read from
+    training: Training | None = None
+    init: str = "inherit"
+    seed: int = 0
 
     @property
     def merges(self) -> list[Merge]:
@@ -113,6 +118,8 @@ class Result:
             raise RebirthError(f"{out}: exists and is no directory; give another --out")
         if not force:
             raise RebirthError(f"{out}: exists already; give another --out, or --force to replace its files")
+        if (out / "retrain").exists():
+            raise RebirthError(f"{out}: holds a training run (retrain/); give another --out, or remove that")
         for path in (out / name for name in FILES):
             if path.is_dir():
                 raise RebirthError(f"{path}: is a directory; give another --out")
@@ -128,7 +135,9 @@ class Result:
             self.net.write_weights(folder / "weights.caffemodel")
         (folder / "plan.yaml").write_text(plans.dump(self.plan), "utf-8")
         (folder / "report.json").write_text(json.dumps(self.report(), indent=2) + "\n", "utf-8")
-        return [name for name in FILES if (folder / name).exists()]
+        if self.training is not None:
+            write_stages(folder, self.original, self.plan, self.training, self.init, self.seed)
+        return [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
 
 
 def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
@@ -140,14 +149,21 @@ def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
     before = work / "before"
     before.mkdir()
     with ExitStack() as undo:
-        for name in FILES if ours else names:
+        for name in (*FILES, *FOLDERS) if ours else names:
             if os.path.lexists(out / name):
                 undo.callback(_put_back, before / name, out / name)
                 (out / name).replace(before / name)
             if name in names:
-                undo.callback((out / name).unlink, missing_ok=True)
+                undo.callback(_remove, out / name)
                 (work / name).replace(out / name)
         undo.pop_all()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _put_back(saved: Path, path: Path) -> None:
@@ -173,6 +189,7 @@ def rebirth(
     init: str = "inherit",
     seed: int = 0,
     image: tuple[int, int, int] | None = None,
+    training: Training | None = None,
 ) -> Result:
     """Read a net, merge what can be merged, and return the reborn one; nothing is written.
 
@@ -188,6 +205,7 @@ def rebirth(
         seed: of everything random.
         image: channels, height and width of the images a Data layer reads, where its prototxt does not say
             (a crop_size gives the size, mean values the channels).
+        training: databases (and a solver template) to write the files of training for.
 
     Raises RebirthError with the place, what is wrong and what to do.
     """
@@ -199,16 +217,15 @@ def rebirth(
     if seed < 0:
         raise RebirthError(f"--seed {seed}: give a whole number from 0")
     net = Net.load(prototxt, weights, image)
+    if training is not None:
+        net = prepare(net, training)
     if plan is None:
         proposal = plans.propose(net, kernel, reduce, exact, only, skip)
     else:
         given = plan if isinstance(plan, Plan) else plans.load(Path(plan))
         proposal = Proposal(_selected(given, only, skip, exact))
     reborn = plans.apply(net, proposal.plan, init, seed)
-    after = deploy(reborn)
-    if after is not reborn:  # a deploy net of its own: never trained again
-        drops = [m for m in plans.propose(after, exact=True).plan.merges if m.kind == "drop"]
-        after = plans.apply(after, Plan(after.name, tuple(drops)))
+    after = without_dropout(deploy(reborn))
     return Result(
         original=net,
         net=reborn,
@@ -218,7 +235,16 @@ def rebirth(
         before=cost(deploy(net)),
         after=cost(after),
         sources=tuple(Path(path) for path in (prototxt, weights) if path is not None),
+        training=training,
+        init=init,
+        seed=seed,
     )
+
+
+def without_dropout(net: Net) -> Net:
+    """A deploy net derived from a train_val, which is never trained again; a given one has lost its own."""
+    drops = tuple(m for m in plans.propose(net, exact=True).plan.merges if m.kind == "drop")
+    return plans.apply(net, Plan(net.name, drops))
 
 
 def _selected(plan: Plan, only: Sequence[str], skip: Sequence[str], exact: bool) -> Plan:

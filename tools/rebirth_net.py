@@ -9,10 +9,14 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rebirth_caffe import cli
+
+if TYPE_CHECKING:
+    from rebirth_caffe.stages import Training
 
 # What is heavy is imported in main(), so that --help and a wrong option answer at once.
 
@@ -44,7 +48,24 @@ def parse_args() -> argparse.Namespace:
                    help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
-    return p.parse_args()
+    t = p.add_argument_group("training", "write what tools/retrain.py and caffe train need, too")
+    t.add_argument("--train-data", metavar="LMDB", help="images to train on (tools/make_lmdb.py)")
+    t.add_argument("--test-data", metavar="LMDB", help="images to test on")
+    t.add_argument("--mean-file", metavar="BINARYPROTO", help="mean image to subtract")
+    t.add_argument(
+        "--mean-value", metavar="V,V,V", type=_floats, help="mean value of each channel to subtract"
+    )
+    t.add_argument("--scale", metavar="S", type=float, help="factor after that")
+    t.add_argument("--crop", metavar="N", type=_positive, help="crop to N x N, at random in training")
+    t.add_argument("--mirror", action=argparse.BooleanOptionalAction, help="mirror at random in training")
+    t.add_argument("--batch", metavar="N", type=_positive, help="training batch (default 32)")
+    t.add_argument("--solver", metavar="TEMPLATE", type=Path, help="solver prototxt to use for every step")
+    t.add_argument("--iterations", metavar="N", type=_positive, default=90_000,
+                   help="of a step, in the solvers written (default: 90000)")  # fmt: skip
+    args = p.parse_args()
+    if (args.train_data is None) != (args.test_data is None):
+        p.error("--train-data and --test-data go together")
+    return args
 
 
 def _ids(text: str) -> tuple[str, ...]:
@@ -59,6 +80,16 @@ def _image(text: str) -> tuple[int, int, int]:
     if len(sizes) != 3 or not all(size.isdecimal() and 0 < int(size) < 2**15 for size in sizes):
         raise argparse.ArgumentTypeError(f"'{text}' is no CxHxW; give channels, height and width: 3x32x32")
     return int(sizes[0]), int(sizes[1]), int(sizes[2])
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(word) for word in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1")
+    return int(text)
 
 
 def _seed(text: str) -> int:
@@ -76,6 +107,7 @@ def main() -> None:
     result = rebirth(
         args.prototxt, args.weights, plan=args.plan, only=args.only, skip=args.skip, exact=args.exact,
         reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed, image=args.image,
+        training=_training(args),
     )  # fmt: skip
     default = re.sub(r"[^\w.+-]", "_", result.original.name)[:60] + "_rebirth"
     out = default if args.out is None else args.out
@@ -88,6 +120,19 @@ def main() -> None:
     show(result)
     if written:
         print(f"wrote {out}/: {', '.join(path.name for path in written)}")
+
+
+def _training(args: argparse.Namespace) -> Training | None:
+    if args.train_data is None:
+        return None
+    from rebirth_caffe.solver import TrainData
+    from rebirth_caffe.stages import Training
+
+    data = TrainData(
+        args.train_data, args.test_data, args.mean_file, args.mean_value, args.scale, args.crop, args.mirror,
+        args.batch,
+    )  # fmt: skip
+    return Training(data, args.solver, args.iterations)
 
 
 if __name__ == "__main__":

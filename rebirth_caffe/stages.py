@@ -1,0 +1,114 @@
+"""The files of training: the original to start from, and for every step a net and a solver.
+
+original/   train_val.prototxt, weights.caffemodel, solver.prototxt (the template), settings.json
+stages/     NN-<id>/train_val.prototxt and solver.prototxt, for ``caffe train`` by hand from that directory
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import plan as plans
+from .errors import RebirthError
+from .net import TEST, Layer, Net
+from .plan import Plan
+from .solver import (
+    ITERATIONS,
+    Schedule,
+    TrainData,
+    data_layer,
+    read_template,
+    solver_text,
+    trainable,
+    with_rates,
+)
+
+FOLDERS = ("original", "stages")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a person gave for training: databases, a solver template, iterations a step."""
+
+    data: TrainData
+    solver: Path | None = None
+    iterations: int = ITERATIONS
+
+
+def prepare(net: Net, training: Training) -> Net:
+    """``net`` as a train_val over the databases, whose paths hold from any directory.
+
+    Raises RebirthError where a database is missing or the solver template is none.
+    """
+    from .data import lmdb_info
+
+    solver_text(read_template(training.solver), Schedule(1, 0, "", ""), str(training.solver))
+    made = trainable(net, training.data)
+    made = made.replace(lambda layer: [_absolute(layer) if layer.type == "Data" else layer])
+    for layer in made.layers:
+        if layer.type == "Data":
+            info = lmdb_info(layer.param.data_param.source)
+            made.image = made.image or (info.channels, info.height, info.width)
+    if data_layer(made, TEST) is None:
+        raise RebirthError(f"{net.path}: reads no data in TEST; give --test-data")
+    return made
+
+
+def _absolute(layer: Layer) -> Layer:
+    """A Data layer whose paths do not depend on where Caffe is started."""
+    from .prototxt import quote
+
+    def resolved(path: str) -> str:
+        return quote(str(Path(path).resolve()))
+
+    tree = layer.tree.copy()
+    for name, key in (
+        ("data_param", "source"),
+        ("transform_param", "mean_file"),
+        ("data_param", "mean_file"),
+    ):
+        message = tree.message(name)
+        if message is not None and message.all(key):
+            param: Any = getattr(layer.param, name)
+            message.set(key, resolved(getattr(param, key)))
+    return layer.again(tree)
+
+
+def write(folder: Path, original: Net, plan: Plan, training: Training, init: str, seed: int) -> None:
+    """Write ``original/`` and ``stages/`` into ``folder``. ``original`` is what ``prepare`` made."""
+    first = folder / "original"
+    first.mkdir()
+    original.write(first / "train_val.prototxt")
+    if any(layer.blobs for layer in original.layers):
+        original.write_weights(first / "weights.caffemodel")
+    template = read_template(training.solver)
+    (first / "solver.prototxt").write_text(template, "utf-8", "surrogateescape")
+    settings = {"init": init, "seed": seed, "iterations": training.iterations}
+    (first / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    test_iter = _test_iterations(original)
+    bare = original.without_weights()
+    for number, stage in enumerate(plan.stages, 1):
+        place = f"stages/{number:02d}-{stage.replace('/', '_')}"
+        (folder / place).mkdir(parents=True)
+        net = plans.apply(bare, plan.until(stage))
+        new = [s.name for m in plan.active if m.stage == stage for s in m.becomes if not s.kept]
+        with_rates(net, new).write(folder / place / "train_val.prototxt")
+        schedule = Schedule(
+            training.iterations, seed, f"{place}/train_val.prototxt", f"{place}/snapshot", test_iter
+        )
+        (folder / place / "solver.prototxt").write_text(
+            solver_text(template, schedule), "utf-8", "surrogateescape"
+        )
+
+
+def _test_iterations(net: Net) -> int:
+    """Batches that make up the test database."""
+    from .data import lmdb_info
+
+    layer = data_layer(net, TEST)
+    assert layer is not None
+    source = layer.param.data_param
+    return -(-lmdb_info(source.source).images // max(1, source.batch_size))
