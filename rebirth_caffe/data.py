@@ -17,6 +17,7 @@ import fcntl
 import gzip
 import json
 import os
+import re
 import shutil
 import zlib
 from collections import deque
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 FILES = {"data.mdb", "about.json", "labels.txt", "list.txt", "mean.binaryproto", "skipped.txt"}
 LOCK = "lock.mdb"  # what Caffe leaves in a database that it has read
-MOST_LABELS = 1 << 24  # Caffe's Data layer turns labels into float32, which counts no further
+MOST_LABELS = 1_000_000  # a larger label is no class but a mistake
 BATCH_BYTES = 16 << 20  # in one transaction
 CHUNK = 8  # images a thread takes at a time
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
@@ -121,15 +122,16 @@ def from_list(file: Path, root: Path | None = None) -> Images:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.lstrip("-").isdecimal():
+        match = re.fullmatch(r"(.*\S)\s+(-?\d{1,18})", line.strip())
+        if not match:
             raise RebirthError(
                 f"{file}:{number}: '{line.strip()[:80]}' is not PATH LABEL, label a whole number"
             )
-        if not 0 <= int(label) < MOST_LABELS:
+        label = int(match[2])
+        if not 0 <= label < MOST_LABELS:
             raise RebirthError(f"{file}:{number}: label {label} is not from 0 to {MOST_LABELS - 1}")
-        names.append(name.strip())
-        labels.append(int(label))
+        names.append(match[1])
+        labels.append(label)
     if not names:
         raise RebirthError(f"{file}: lists no image; its lines are: PATH LABEL")
     at = file.parent if root is None else root
@@ -215,26 +217,24 @@ class Recipe:
 
     def pixels(self, data: bytes | Pixels) -> Pixels:
         """The image without its padding: height x width (x 3). Raises ValueError where it is none."""
-        image = data if isinstance(data, np.ndarray) else _decode(data, _flags(self.gray))
+        kind = cv2.IMREAD_GRAYSCALE if self.gray else cv2.IMREAD_COLOR
+        image = data if isinstance(data, np.ndarray) else _decode(data, kind)
         if self.resize is not None and image.shape[:2] != self.resize:
             image = np.asarray(cv2.resize(image, self.resize[::-1]), np.uint8)
         return image
 
     def padded(self, image: Pixels) -> Pixels:
+        """With its mirrored sides."""
         if not self.pad:
             return image
         n = self.pad
         return np.asarray(cv2.copyMakeBorder(image, n, n, n, n, cv2.BORDER_REFLECT_101), np.uint8)
 
     def keeps(self, data: bytes | Pixels, image: Pixels) -> bool:
-        """Whether a file's own bytes are what Caffe should decode: it decodes as is, colours or not."""
+        """Whether Caffe sees ``image`` in a file's own bytes: it neither turns nor converts them."""
         if not isinstance(data, bytes) or not data.startswith((b"\xff\xd8", b"\x89PNG")) or self.pad:
             return False
         return np.array_equal(_decode(data, cv2.IMREAD_UNCHANGED), image)
-
-
-def _flags(gray: bool) -> int:
-    return int(cv2.IMREAD_GRAYSCALE if gray else cv2.IMREAD_COLOR)
 
 
 def _decode(data: bytes, flags: int) -> Pixels:
@@ -281,9 +281,8 @@ def _prepare(images: Images, i: int, recipe: Recipe) -> _Ready | str:
     else:
         content = pixels.tobytes()
     channels, height, width = pixels.shape
-    datum = Datum(
-        channels=channels, height=height, width=width, data=content, label=int(images.labels[i])
-    )  # fmt: skip
+    label = int(images.labels[i])
+    datum = Datum(channels=channels, height=height, width=width, data=content, label=label)
     if recipe.encoded:
         datum.encoded = True
     sums = np.array(cv2.sumElems(image)[:channels])
@@ -415,25 +414,29 @@ def _write(
     written = Written(
         out, len(listed), (channels, height, width), images.classes, tuple(sums / area), tuple(skipped)
     )
+    _save(folder / "list.txt", "".join(listed))
+    _describe(folder, written, mean / written.count, {**asdict(recipe), **made})
+    return written
+
+
+def _describe(folder: Path, written: Written, mean: NDArray[np.float64], made: Mapping[str, Any]) -> None:
+    """Write what goes with the images."""
+    channels, height, width = written.shape
     about = {
         "images": written.count,
         "channels": channels,
         "height": height,
         "width": width,
         "mean_value": [round(value, 4) for value in written.mean_values],
-        "skipped": len(skipped),
-        **asdict(recipe),
+        "skipped": len(written.skipped),
         **made,
     }
-    blob = BlobProto(num=1, channels=channels, height=height, width=width)
-    blob.data.extend((mean / written.count).ravel().tolist())
+    blob = BlobProto(num=1, channels=channels, height=height, width=width, data=mean.ravel().tolist())
     _save(folder / "about.json", json.dumps(about, indent=2) + "\n")
-    _save(folder / "labels.txt", "".join(f"{name}\n" for name in images.classes))
-    _save(folder / "list.txt", "".join(listed))
+    _save(folder / "labels.txt", "".join(f"{name}\n" for name in written.classes))
     _save(folder / "mean.binaryproto", blob.SerializeToString())
-    if skipped:
-        _save(folder / "skipped.txt", "".join(f"{name}: {why}\n" for name, why in skipped))
-    return written
+    if written.skipped:
+        _save(folder / "skipped.txt", "".join(f"{name}: {why}\n" for name, why in written.skipped))
 
 
 @contextmanager
@@ -536,6 +539,8 @@ def _replacing(out: Path, force: bool) -> Iterator[Path]:
             mine = os.path.samestat(os.fstat(lock), part.stat())
         except (BlockingIOError, FileNotFoundError):
             mine = False
+        except OSError:
+            mine = True  # a file system without locks
         if not mine:
             raise RebirthError(f"{out}: another process is writing it; wait for its end")
         _check_ours(part)
@@ -624,7 +629,9 @@ def _open(path: Path) -> lmdb.Environment:
         try:  # nobody writes a finished database: no locks, so that its folder may be read-only
             environment = lmdb.open(str(path), readonly=True, lock=False)
         except lmdb.Error as error:
-            raise RebirthError(f"{path}: not an LMDB ({str(error).rpartition(': ')[2]})") from None
+            raise RebirthError(
+                f"{path}: cannot be opened as an LMDB ({str(error).rpartition(': ')[2]})"
+            ) from None
         _environments[key] = environment
     return environment
 

@@ -104,6 +104,7 @@ def test_all_the_options_of_an_image(tmp_path, folders):
     options = ["--resize", "4x5", "--gray", "--pad", "1", "--encoded", "--limit", "3", "--strict"]
     done = run("make_lmdb.py", folders, tmp_path / "x.lmdb", *options)
     assert "3 images of 1x6x7, 2 classes" in done.stdout
+    assert done.stderr == "note: only 1 of 2 classes are among these images\n"
     about = json.loads((tmp_path / "x.lmdb/about.json").read_text())
     assert about["resize"] == [4, 5]
     assert about["pad"] == 1

@@ -83,6 +83,9 @@ def main() -> None:
     )
     for note in images.notes:
         print(f"note: {note}", file=sys.stderr)
+    classes = [len(set(labels.tolist())) for labels in (images.labels[order], images.labels)]
+    if classes[0] < classes[1]:
+        print(f"note: only {classes[0]} of {classes[1]} classes are among these images", file=sys.stderr)
     if by_class(images.labels[order]):
         print(
             "note: the images come class by class; training needs --shuffle, testing does not",
