@@ -17,7 +17,7 @@ CAFFE_READY := $(CAFFE)/installed.stamp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint image image-check clean
+.PHONY: help setup demo test lint proto image image-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ lint: $(DEV_READY) ## ruff and mypy
 
 setup: $(DEV_READY) $(CAFFE_READY) ## .venv/ with all requirements, .caffe/ with Caffe 1.0 (demo and test do this)
 	@echo "Ready: $(PY) and $(CAFFE)/bin/caffe"
+
+proto: $(DEV_READY) ## regenerate caffe_pb2.py from schema/caffe.proto
+	cd rebirth_caffe/schema && ../../$(PY) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. caffe.proto
 
 image: ## the Docker image
 	$(DOCKER) build --tag $(IMAGE) .

@@ -23,16 +23,17 @@ TOUR = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="where to write (default: demo/)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="where to write (default: demo/ in the repository)")
     parser.add_argument("--runs", type=int, default=20, help="timed forwards of each net (default: 20)")
     parser.add_argument("--engine", default="caffe,opencv", help="as in tools/benchmark.py")
     args = parser.parse_args()
+    if args.out != parser.get_default("out"):
+        args.out = args.out.resolve()
     for name, versions in TOUR:
         original = f"prototxts/{name}/deploy.prototxt"
         nets = [original]
         for version, flags in versions.items():
             out = args.out / name / version
-            out.parent.mkdir(parents=True, exist_ok=True)
             quiet = ["--json"] if flags else []  # the second table would say nearly the same
             command = ["tools/rebirth_net.py", original, "--out", str(out), "--force", *flags, *quiet]
             if (status := show(command, hide=bool(quiet))) != 0:
