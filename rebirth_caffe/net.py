@@ -379,7 +379,7 @@ class Net:
 
     @property
     def name(self) -> str:
-        return self.header.name or Path(self.path).stem
+        return self.header.name or Path(self.path).stem.encode("utf-8", "replace").decode()
 
     @cached_property
     def layers(self) -> list[Layer]:

@@ -43,12 +43,14 @@ def show(result: Result, console: Console | None = None) -> None:
         for part in parts:
             console.print(printable(part) if isinstance(part, str) else part)
 
-    console.print(printable(f"{result.original.name}: {_summary(result)}"), style="bold")
-    section(*_merged(result))
-    section(*_exact(result.merges), *_left_out(result))
-    section(*_refused(result))
-    section(_costs(result))
-    section(*_notes(result))
+    with console.capture() as captured:  # rich itself would exit with 1 where a pipe is closed
+        console.print(printable(f"{result.original.name}: {_summary(result)}"), style="bold")
+        section(*_merged(result))
+        section(*_exact(result.merges), *_left_out(result))
+        section(*_refused(result))
+        section(_costs(result))
+        section(*_notes(result))
+    console.file.write(captured.get())
 
 
 def _summary(result: Result) -> str:
