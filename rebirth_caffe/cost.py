@@ -35,10 +35,7 @@ class Cost:
 def cost(net: Net, phase: int = TEST) -> Cost:
     """The cost of one forward pass in ``phase``, of one image (of the file's batch where it is fixed)."""
     view = net.graph.view(phase)
-    try:
-        shapes = infer(view, batch=1)
-    except NetError:  # a Reshape or the like counts on the file's batch size
-        shapes = infer(view)
+    shapes = _shapes(view)
     macs = params = 0
     unknown, shared = [], set()
     for layer in view.layers:
@@ -53,6 +50,20 @@ def cost(net: Net, phase: int = TEST) -> Cost:
         macs += layer_macs(layer, bottoms, [shapes[value] for value in view.tops[layer]])
     total, peak = _activations(view, shapes)
     return Cost(len(view.layers), macs, params, total, peak, tuple(unknown))
+
+
+def _shapes(view: View) -> dict[Value, MaybeShape]:
+    """Shapes for one image, or for the file's batch where a Reshape or the like counts on it."""
+    full = infer(view)
+    try:
+        one = infer(view, batch=1)
+    except NetError:
+        return full
+    for layer in view.layers:
+        bottoms = view.bottoms[layer]
+        if param_shapes(layer, [one[b] for b in bottoms]) != param_shapes(layer, [full[b] for b in bottoms]):
+            return full  # its weights would be others
+    return one
 
 
 def layer_macs(layer: Layer, bottoms: list[MaybeShape], tops: list[MaybeShape]) -> int:

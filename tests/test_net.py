@@ -142,8 +142,8 @@ def test_a_net_in_stages():
     assert readers(net, "fc") == {("softmax", 0), ("loss", 0), ("acc", 0)}
     assert readers(net, "conv") == {("drop", 0), ("fc", 0)}
     fc, conv = net.layer("fc"), net.layer("conv")
-    assert {p.name for p in net.graph.producers(fc) if p} == {"conv", "drop"}
-    assert {p.name for p in net.graph.producers(conv) if p} == {"train-data", "val-data", "data"}
+    assert sorted(names(net.graph.producers(fc))) == ["conv", "drop"]
+    assert sorted(names(net.graph.producers(conv))) == ["data", "train-data", "val-data"]
     assert net.graph.same_views(conv, fc)
     assert not net.graph.same_views(conv, net.layer("drop"))
 
@@ -213,6 +213,7 @@ def test_an_auxiliary_head_of_googlenet_reads_an_inception_in_train_val_only():
         ('input: ["a", "b"]  # both\ninput_shape: [{ dim: [1, 2] }, { dim: 3 }] ; # and\n',
          {"a": (1, 2), "b": (3,)}),
     ],
+    ids=["input_dim", "input_shape", "lists"],
 )  # fmt: skip
 def test_inputs_without_a_layer(header, shapes, in_caffe, tmp_path):
     text = f'name: "old"\n{header}' + power("x", "a", "c") + power("y", "b", "b")
@@ -262,7 +263,7 @@ BROKEN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "message"), BROKEN)
+@pytest.mark.parametrize(("text", "message"), BROKEN, ids=[message for _, message in BROKEN])
 def test_a_net_that_does_not_fit_together_is_refused_as_in_caffe(text, message, in_caffe, tmp_path):
     net = Net.parse(text, "f")
     with pytest.raises(NetError) as caught:
