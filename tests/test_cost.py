@@ -85,7 +85,7 @@ def test_a_small_net_by_hand():
 )
 def test_one_image_counts_except_where_the_file_fixes_the_batch(dims, counted):
     text = INPUT.replace("dim: 1 ", f"dim: {max(counted, 2)} ")
-    text += f'layer {{ name: "r" type: "Reshape" bottom: "data" top: "r"\n'
+    text += 'layer { name: "r" type: "Reshape" bottom: "data" top: "r"\n'
     text += f"  reshape_param {{ shape {{ {dims} }} }} }}\n"
     text += 'layer { name: "fc" type: "InnerProduct" bottom: "r" top: "fc"\n'
     text += "  inner_product_param { num_output: 10 } }\n"
