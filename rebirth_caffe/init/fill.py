@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from ..net import Net
 from ..schema import caffe_pb2
 from ..shapes import all_param_shapes
 
+if TYPE_CHECKING:  # importing it takes time, and often nothing is drawn
+    from numpy.random import Generator
+
 Filler = caffe_pb2.FillerParameter
-Generator = np.random.Generator
 
 XAVIER = Filler(type="xavier")
 

@@ -10,7 +10,7 @@ Inherit, for each range of output channels (``Rows``) of a reborn convolution:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,12 +95,17 @@ def _fillers(layer: Layer) -> caffe_pb2.FillerParameter:
 
 def _xavier(layer: Layer, spec: Spec, source: _Blob, seed: int) -> tuple[Array, Array]:
     """The paper's start: a xavier weight, the bias from the layer's own filler."""
-    weight, _ = _own(layer)
+    shape = _shape(layer, spec, source)
     random = generator(seed, spec.name)
+    return fill(XAVIER, shape, random), fill(_fillers(layer), shape[:1], random)
+
+
+def _shape(layer: Layer, spec: Spec, source: _Blob) -> tuple[int, ...]:
+    """The shape of the reborn layer's weight."""
+    weight, _ = _own(layer)
     n = spec.num_output or len(weight)
     inputs = weight.shape[1] if source.channels is None else source.channels // _group(layer)
-    shape = (n, inputs, *(spec.kernel or ())) if weight.ndim == 4 else (n, weight.shape[1])
-    return fill(XAVIER, shape, random), fill(_fillers(layer), (n,), random)
+    return (n, inputs, *(spec.kernel or ())) if weight.ndim == 4 else (n, weight.shape[1])
 
 
 def _inherit(
@@ -111,10 +116,11 @@ def _inherit(
     weight, bias = _own(layer)
     if weight.ndim != 4:
         return weight.copy(), bias.copy(), None
-    new_weight, new_bias = _xavier(layer, spec, source, seed)
-    n = len(new_weight)
+    shape = _shape(layer, spec, source)
+    n, inputs, *size = shape
     chosen: Array | None = None
     at = 0
+    pieces: list[tuple[slice, Array, Array]] = []
     for rows in spec.rows:
         if rows.layer == spec.like:
             own, own_bias = weight, bias
@@ -130,10 +136,15 @@ def _inherit(
                 continue
             own, own_bias = found
         own, own_bias = own[: n - at], own_bias[: n - at]
-        if own.shape[1] == new_weight.shape[1]:
-            new_weight[at : at + len(own)] = _placed(own, rows, new_weight.shape[2:])
-            new_bias[at : at + len(own)] = own_bias
+        if own.shape[1] == inputs:
+            pieces.append((slice(at, at + len(own)), _placed(own, rows, size), own_bias))
         at += len(own)
+    if sum(len(own) for _, own, _ in pieces) == n:  # nothing is left to chance
+        new_weight, new_bias = np.empty(shape, np.float32), np.empty(n, np.float32)
+    else:
+        new_weight, new_bias = _xavier(layer, spec, source, seed)
+    for where, own, own_bias in pieces:
+        new_weight[where], new_bias[where] = own, own_bias
     return new_weight, new_bias, chosen
 
 
@@ -141,7 +152,7 @@ def _width(net: Net, name: str) -> int:
     return 0 if name == IN else int(net.layer(name).param.convolution_param.num_output)
 
 
-def _placed(kernel: Array, rows: Rows, size: tuple[int, ...]) -> Array:
+def _placed(kernel: Array, rows: Rows, size: Sequence[int]) -> Array:
     """``kernel`` in a larger (or, by hand, smaller) one, zero around it."""
     out = np.zeros((*kernel.shape[:2], *size), np.float32)
     cut = []
@@ -188,10 +199,16 @@ def _branch(net: Net, merge: Merge, name: str, source: _Blob) -> tuple[Array, Ar
             inner, inner_bias = _own(below)
             taps = weight.sum(axis=(2, 3))
             bias = bias + taps @ inner_bias
-            weight = np.einsum("oihw,ij->ojhw", weight, inner.sum(axis=(2, 3)))
+            weight = _over(weight, inner.sum(axis=(2, 3)))
     if source.matrix is not None:
-        weight = np.einsum("oihw,ij->ojhw", weight, np.linalg.pinv(source.matrix))
+        weight = _over(weight, np.linalg.pinv(source.matrix))
     return weight.astype(np.float32), bias.astype(np.float32)
+
+
+def _over(kernel: Array, matrix: Array) -> Array:
+    """A kernel over inputs that are ``matrix`` times others, as a kernel over those."""
+    taps: Array = kernel.transpose(0, 2, 3, 1) @ matrix
+    return taps.transpose(0, 3, 1, 2)
 
 
 def _upwards(net: Net, merge: Merge, name: str) -> list[Layer]:
