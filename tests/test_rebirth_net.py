@@ -290,6 +290,22 @@ def test_init_and_seed(tmp_path, made):
     assert weights("--init", "xavier", "--seed", "1") not in (inherit, xavier)
 
 
+def test_a_filter_that_died_in_training(tmp_path):
+    """A reducer's filter that is almost zero makes no reborn weight huge."""
+    net = Net.load(DEPLOY)
+    fill_missing(net)
+    reducer = net.layer("inception_3a/5x5_reduce")
+    assert reducer.record is not None
+    weight = reducer.blobs[0].array.copy()
+    weight[0] *= 1e-6
+    reducer.record = caffemodel.Record(
+        reducer.name, reducer.type, [caffemodel.Blob(weight), reducer.blobs[1]]
+    )
+    net.write_weights(tmp_path / "w.caffemodel")
+    reborn = rebirth(DEPLOY, tmp_path / "w.caffemodel").net.layer("inception_3a/5x5/rebirth")
+    assert abs(reborn.blobs[0].array).max() < 10
+
+
 def test_a_second_rebirth(tmp_path, made):
     """What the tool wrote is an input like any other."""
     good(DEPLOY, "--weights", made / "w.caffemodel", "--only", "3a", "--out", tmp_path / "a")

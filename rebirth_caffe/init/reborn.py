@@ -21,6 +21,9 @@ from ..net import Layer, Net
 from ..schema import caffe_pb2
 from .fill import XAVIER, fill, generator
 
+# A reducer's filter this much weaker than the strongest has died in training; nothing is seen through it.
+DEAD = 1e-2
+
 
 @dataclass
 class _Blob:
@@ -201,7 +204,7 @@ def _branch(net: Net, merge: Merge, name: str, source: _Blob) -> tuple[Array, Ar
             bias = bias + taps @ inner_bias
             weight = _over(weight, inner.sum(axis=(2, 3)))
     if source.matrix is not None:
-        weight = _over(weight, np.linalg.pinv(source.matrix))
+        weight = _over(weight, np.linalg.pinv(source.matrix, rcond=DEAD))
     return weight.astype(np.float32), bias.astype(np.float32)
 
 
