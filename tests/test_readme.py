@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-# Run elsewhere: make is what runs the tests, and its demo is tools/demo.py; the image has tools/image_check.sh.
+# make is what runs the tests, and its demo is tools/demo.py; the image has tools/image_check.sh.
 ELSEWHERE = ("make ", "docker ")
 
 
@@ -69,7 +69,9 @@ def test_commands_run_elsewhere_exist():
 
 
 def test_the_tour_runs(caffe, tmp_path):
-    done = run(f"python tools/demo.py --runs 1 --engine caffe --out {shlex.quote(str(tmp_path / 'demo'))}", ROOT)
+    done = run(
+        f"python tools/demo.py --runs 1 --engine caffe --out {shlex.quote(str(tmp_path / 'demo'))}", ROOT
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("reborn_auto") >= 4
     assert (tmp_path / "demo/bvlc_googlenet/reborn/deploy.prototxt").exists()

@@ -23,7 +23,9 @@ TOUR = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="where to write (default: demo/ in the repository)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="where to write (default: demo/ in the repository)"
+    )
     parser.add_argument("--runs", type=int, default=20, help="timed forwards of each net (default: 20)")
     parser.add_argument("--engine", default="caffe,opencv", help="as in tools/benchmark.py")
     args = parser.parse_args()
