@@ -78,7 +78,7 @@ def layer_macs(layer: Layer, bottoms: list[MaybeShape], tops: list[MaybeShape]) 
         if bottom is None or top is None:
             continue
         if layer.type == "Deconvolution":
-            macs += math.prod(blobs[0]) * math.prod(bottom) // blobs[0][0]
+            macs += math.prod(blobs[0][1:]) * math.prod(bottom)
         else:
             outputs = layer.param.inner_product_param.num_output or blobs[0][0]
             macs += math.prod(blobs[0]) * math.prod(top) // outputs

@@ -419,13 +419,13 @@ def test_a_damaged_file_costs_neither_time_nor_memory(tmp_path):
     blob = unpacked + b"\x3a\x06\x0a\x04\xc0\x84\x3d\x01"
     layer = b"\x3a" + caffemodel._varint(len(blob)) + blob
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     said = complaint(b"\xa2\x06" + caffemodel._varint(len(layer)) + layer, tmp_path / "w")
     assert said is None
     assert (
         complaint(b"\xa2\x06\x0c\x3a\x0a\x3a\x08\x0a\x06\x80\x80\x80\x80\x80\x20", tmp_path / "w") is not None
     )
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
 
@@ -443,7 +443,7 @@ def mutated(draw):
     return bytes(data)
 
 
-@settings(max_examples=300, deadline=2000)
+@settings(max_examples=300, deadline=20_000)
 @given(data=mutated())
 def test_a_mutated_file_is_read_or_refused(data, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "mutated.caffemodel"

@@ -398,7 +398,7 @@ def complaint(read: Callable[[], object]) -> str | None:
     return None
 
 
-@settings(max_examples=400, deadline=2000)
+@settings(max_examples=400, deadline=20_000)
 @given(mutated())
 def test_a_damaged_text_is_read_or_refused(text):
     said = complaint(lambda: Net.parse(text, "f"))
@@ -413,8 +413,8 @@ def test_a_damaged_text_is_read_or_refused(text):
     "piece", ["{", "a{", "a:[", "[", "#", '"', "a:-", " ", "a:1,", '"a"', "<", "layer{}", "\\"]
 )
 def test_long_repetitions_are_read_or_refused_at_once(piece):
-    start = time.perf_counter()
+    start = time.process_time()
     said = complaint(lambda: parse(piece * 20000))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert (said is None) == (piece in ("#", " ", "a:1,", "layer{}"))
     assert said is None or len(said) < 300

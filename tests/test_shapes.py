@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rebirth_caffe.errors import NetError
+from rebirth_caffe.cost import cost
+from rebirth_caffe.errors import NetError, PrototxtError
 from rebirth_caffe.net import TEST, TRAIN, Layer, Net
 from rebirth_caffe.schema import caffe_pb2
 from rebirth_caffe.shapes import RULES, all_param_shapes, conv_size, infer, layer_shapes, pool_size
@@ -474,3 +475,30 @@ def test_random_nets_as_in_caffe(text, in_caffe, tmp_path_factory):
     except in_caffe.Refused:
         wanted = None
     assert found == wanted or (found is None and wanted and any(0 in s for s in wanted[0].values()))
+
+
+@st.composite
+def other_numbers(draw, numbers):
+    """A single-layer net with some of its numbers changed."""
+    text = draw(st.sampled_from(SINGLE))
+    places = [match.span() for match in re.finditer(r"(?<=: )-?\d+", text)]
+    for start, end in sorted(draw(st.sets(st.sampled_from(places), min_size=1, max_size=3)), reverse=True):
+        text = text[:start] + str(draw(st.sampled_from(numbers))) + text[end:]
+    return text
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=other_numbers([*range(-2, 8), 12]))
+def test_what_both_take_has_the_same_shapes(text, in_caffe, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "numbers.prototxt"
+    path.write_text(text)
+    with contextlib.suppress(NetError, PrototxtError, in_caffe.Refused):
+        assert ours(Net.parse(text)) == caffes(in_caffe.net(path))
+
+
+@settings(max_examples=300, deadline=20_000)
+@given(other_numbers([-(2**31), -1, 0, 1, 2, 255, 65536, 2**31 - 1, 2**32 - 1, 2**63 - 1]))
+def test_no_number_breaks_more_than_its_net(text):
+    with contextlib.suppress(NetError, PrototxtError):
+        found = cost(Net.parse(text))
+        assert 0 <= found.peak_activation_bytes <= found.activation_bytes
