@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -92,12 +91,14 @@ class Result:
         self._may_write(out, force)
         try:
             with ExitStack() as cleanup:
+                # The clean-up is there before what it cleans: an interrupt may come between any two lines.
                 for parent in reversed([p for p in out.parents if not p.exists()]):
-                    parent.mkdir()
                     cleanup.callback(_remove_if_empty, parent)
+                    parent.mkdir()
                 replacing = out.exists()
-                work = Path(tempfile.mkdtemp(prefix=".rebirth.", dir=out if replacing else out.parent))
-                cleanup.callback(shutil.rmtree, work, ignore_errors=True)
+                work = (out if replacing else out.parent) / f".rebirth.{os.urandom(8).hex()}"
+                cleanup.callback(_remove, work)
+                work.mkdir(0o700)
                 names = self._write_into(work)
                 if replacing:
                     _exchange(work, out, names)
@@ -160,10 +161,14 @@ def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
+    """Remove a file or a folder, if it is there; an interrupt does not leave half of it."""
+    if not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _put_back(saved: Path, path: Path) -> None:
