@@ -1,23 +1,34 @@
-"""Accuracy of a deploy net over a database, in any engine."""
+"""Accuracy of a net over a database, in any engine."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from .cost import cost
 from .data import Lmdb, open_lmdb
+from .derive import deploy
 from .engines import Engine
 from .errors import RebirthError
-from .net import Layer, Net
+from .net import TEST, Layer, Net
 from .schema import caffe_pb2
 
 BATCH = 100
-Images = NDArray[np.float32]
+BATCH_BYTES = 256 << 20  # of all the net's blobs in a batch
+FLT_MIN = float(np.finfo(np.float32).tiny)  # what Caffe's loss takes a smaller probability for
+Floats = NDArray[np.float32]
+
+
+class NotFinite(RebirthError):
+    """A net whose output is no number."""
 
 
 @dataclass(frozen=True)
@@ -38,40 +49,48 @@ class Transform:
         t = layer.param.transform_param
         return cls(t.crop_size, tuple(t.mean_value), t.mean_file or None, t.scale)
 
-    def __call__(self, image: NDArray[np.uint8]) -> Images:
-        """A C x H x W image, ready for the net."""
-        top = (image.shape[1] - self.crop) // 2 if self.crop else 0
-        left = (image.shape[2] - self.crop) // 2 if self.crop else 0
+    def __call__(self, images: NDArray[np.uint8]) -> Floats:
+        """Images (... x C x H x W), ready for the net."""
+        channels, height, width = images.shape[-3:]
+        top, left = ((height - self.crop) // 2, (width - self.crop) // 2) if self.crop else (0, 0)
         if min(top, left) < 0:
-            raise RebirthError(
-                f"crop {self.crop} of {image.shape[1]}x{image.shape[2]} images; give a smaller --crop"
-            )
-        window = (slice(top, top + self.crop), slice(left, left + self.crop)) if self.crop else ()
-        values = image[(slice(None), *window)].astype(np.float32)
+            raise RebirthError(f"crop {self.crop} of {height}x{width} images; give a smaller --crop")
+        window = (..., *(slice(at, at + self.crop if self.crop else None) for at in (top, left)))
+        values = images[window].astype(np.float32)
         if self.mean_file is not None:
             mean = _mean_image(Path(self.mean_file))
-            values = values - mean[(slice(None), *window)]
+            if mean.shape != images.shape[-3:]:
+                raise RebirthError(
+                    f"{self.mean_file}: a mean of {_x(mean.shape)}, but the images are "
+                    f"{_x(images.shape[-3:])}; give the mean of these images, or --mean-value"
+                )
+            values -= mean[window]
         elif self.mean_values:
-            means = np.asarray(self.mean_values, np.float32)
-            if len(means) not in (1, len(values)):
-                raise RebirthError(f"{len(means)} mean values for images of {len(values)} channels")
-            values = values - means.reshape(-1, 1, 1)
-        return values * np.float32(self.scale)
+            if len(self.mean_values) not in (1, channels):
+                raise RebirthError(
+                    f"{len(self.mean_values)} mean values for images of {channels} channels; "
+                    "give one for each, or one for all"
+                )
+            values -= np.asarray(self.mean_values, np.float32).reshape(-1, 1, 1)
+        values *= np.float32(self.scale)
+        return values
 
 
-_means: dict[Path, Images] = {}
+_means: dict[Path, Floats] = {}
 
 
-def _mean_image(path: Path) -> Images:
+def _mean_image(path: Path) -> Floats:
     """A mean.binaryproto, read once."""
     if path not in _means:
         blob = caffe_pb2.BlobProto()
         try:
             blob.ParseFromString(path.read_bytes())
-        except Exception as error:
-            raise RebirthError(f"{path}: no mean image of Caffe: {error}") from None
-        shape = tuple(blob.shape.dim)[-3:] or (blob.channels, blob.height, blob.width)
-        _means[path] = np.asarray(blob.data, np.float32).reshape(shape)
+            shape = tuple(blob.shape.dim)[-3:] or (blob.channels, blob.height, blob.width)
+            _means[path] = np.asarray(blob.data, np.float32).reshape(shape)
+        except (DecodeError, ValueError) as error:
+            raise RebirthError(
+                f"{path}: no mean image of Caffe's ({error}); give a mean.binaryproto"
+            ) from None
     return _means[path]
 
 
@@ -85,6 +104,28 @@ class Accuracy:
     images: int
 
 
+def evaluate_net(
+    net: Net,
+    database: Path | str,
+    engine: Engine,
+    transform: Transform | None = None,
+    threads: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    scratch: Path | None = None,
+) -> Accuracy:
+    """``evaluate`` for a net with its weights: deploy, or a train_val, of which the deploy net is derived.
+
+    ``scratch`` is where the files for the engine are written, and removed again.
+    """
+    if not any(layer.blobs for layer in net.layers):
+        raise RebirthError(f"{net.path}: has no weights; an untrained net has no accuracy")
+    with tempfile.TemporaryDirectory(prefix=".test.", dir=scratch) as folder:
+        deployed, files = deploy(net), (Path(folder) / "deploy.prototxt", Path(folder) / "net.caffemodel")
+        deployed.write(files[0])
+        deployed.write_weights(files[1])
+        return evaluate(*files, database, engine, transform, threads, progress, net.path)
+
+
 def evaluate(
     prototxt: Path,
     weights: Path,
@@ -92,69 +133,127 @@ def evaluate(
     engine: Engine,
     transform: Transform | None = None,
     threads: int = 1,
-    limit: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    name: str = "",
 ) -> Accuracy:
-    """Run every image of an LMDB through a deploy net that ends in probabilities.
+    """Run every image of an LMDB through a deploy net; counts and loss as Caffe's own layers have them.
 
-    Raises RebirthError where net and images do not fit together, EngineError where the engine refuses.
+    ``name`` is what messages call the net. Raises RebirthError where net and images do not fit together,
+    NotFinite where the net gives no numbers, EngineError where the engine refuses.
     """
     transform = transform or Transform()
+    name = name or str(prototxt)
     net = Net.load(prototxt)
-    view = net.graph.views[0]
-    if len(view.outputs) != 1:
-        names = ", ".join(value.name for value in view.outputs)
-        raise RebirthError(f"{prototxt}: has the outputs {names}; accuracy needs exactly one")
-    output = view.outputs[0].name
+    blob, output, kind = _ends(net, name)
     right1 = right5 = seen = 0
     loss = 0.0
     with open_lmdb(database) as images:
-        total = min(len(images), limit or len(images))
-        first = transform(images[0][0])
-        with engine.open(prototxt, weights, threads=threads, batch=min(BATCH, total)) as session:
-            name, shape = _input(net, session.blobs())
-            if shape[1:] != first.shape:
+        total = len(images)
+        shape = transform(images[0][0]).shape
+        batch = min(_batch(net), total)
+        with engine.open(prototxt, weights, threads=threads, batch=batch) as session:
+            wanted = session.blobs()[blob]
+            if wanted[1:] != shape:
                 raise RebirthError(
-                    f"{prototxt}: takes {'x'.join(map(str, shape[1:]))}, the images are "
-                    f"{'x'.join(map(str, first.shape))} after the crop; give the --crop it was trained with"
+                    f"{name}: takes {_x(wanted[1:])}, the images of {database} are {_x(shape)} after the "
+                    "transformation; give the --crop it was trained with, or other images"
                 )
-            for start in range(0, total, shape[0]):
-                batch, labels = _batch(images, start, min(start + shape[0], total), transform, shape)
-                scores = session.forward({name: batch}, [output])[output].reshape(shape[0], -1)[: len(labels)]
-                if labels.max() >= scores.shape[1]:
+            for pixels, labels in _batches(images, wanted[0]):
+                values = np.zeros(wanted, np.float32)
+                values[: len(labels)] = transform(pixels)
+                out = session.forward({blob: values}, [output])[output]
+                if math.prod(out.shape[2:]) != 1:
                     raise RebirthError(
-                        f"{database}: label {labels.max()}, but {prototxt} knows {scores.shape[1]}"
+                        f"{name}: gives {_x(out.shape[1:])} for an image, not a score for each class"
                     )
-                own = scores[np.arange(len(labels)), labels]
-                rank = (scores > own[:, None]).sum(axis=1)
+                scores = out.reshape(len(out), -1)[: len(labels)]
+                if not np.isfinite(scores).all():
+                    raise NotFinite(f"{name}: the net's output is not finite; its weights have diverged")
+                if not 0 <= labels.min() <= labels.max() < scores.shape[1]:
+                    wrong = labels.max() if labels.min() >= 0 else labels.min()
+                    raise RebirthError(
+                        f"{database}: label {wrong}, but {name} knows {scores.shape[1]} classes"
+                    )
+                rank = _ranks(scores, labels)
                 right1 += int((rank < 1).sum())
                 right5 += int((rank < 5).sum())
-                loss += float(-np.log(np.maximum(own, 1e-38)).sum())
+                loss += _loss(scores, labels, kind)
                 seen += len(labels)
                 progress(seen, total)
-    if not math.isfinite(loss):
-        raise RebirthError(f"{weights}: the net's output is not finite; the weights have diverged")
     return Accuracy(right1 / seen, right5 / seen, loss / seen, seen)
 
 
-def _input(net: Net, blobs: dict[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
-    view = net.graph.views[0]
-    names = [v.name for v in view.inputs]
-    names += [v.name for x in view.layers if x.type == "Input" for v in view.tops[x]]
-    if len(names) != 1:
-        raise RebirthError(
-            f"{net.path}: has {len(names)} inputs; accuracy needs exactly one, give a deploy net"
-        )
-    return names[0], blobs[names[0]]
+def _ranks(scores: Floats, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many classes come before the right one; of equals the later class comes first, as in Caffe 1.0."""
+    own = scores[np.arange(len(labels)), labels][:, None]
+    later = np.arange(scores.shape[1]) > labels[:, None]
+    return np.asarray(((scores > own) | ((scores == own) & later)).sum(axis=1))
 
 
-def _batch(
-    images: Lmdb, start: int, stop: int, transform: Transform, shape: tuple[int, ...]
-) -> tuple[Images, NDArray[np.int64]]:
-    """Images start..stop, the rest of the batch zero, and their labels."""
-    batch = np.zeros(shape, np.float32)
-    labels = np.zeros(stop - start, np.int64)
-    for i in range(start, stop):
-        image, labels[i - start] = images[i]
-        batch[i - start] = transform(image)
-    return batch, labels
+def _loss(scores: Floats, labels: NDArray[np.int64], kind: str) -> float:
+    """The sum of SoftmaxWithLoss over scores, or over what are probabilities already."""
+    values = scores.astype(np.float64)
+    if kind == "scores":
+        values = np.exp(values - values.max(axis=1, keepdims=True))
+        values /= values.sum(axis=1, keepdims=True)
+    return -math.fsum(np.log(np.maximum(values[np.arange(len(labels)), labels], FLT_MIN)))
+
+
+def _ends(net: Net, name: str) -> tuple[str, str, str]:
+    """The blobs where images go in and where "scores" come out, or "probabilities".
+
+    They are read before a Softmax, which rounds, unless it works in place.
+    """
+    view = net.graph.view(TEST)
+    inputs = [*view.inputs, *(v for x in view.layers if x.type == "Input" for v in view.tops[x])]
+    for what, found in (("inputs", inputs), ("outputs", view.outputs)):
+        if len(found) != 1:
+            names = f" ({', '.join(value.name for value in found)})" if found else ""
+            raise RebirthError(f"{name}: has {len(found)} {what}{names}; accuracy needs exactly one")
+    output = view.outputs[0]
+    layer = output.producer
+    if layer is None or layer.type != "Softmax":
+        return inputs[0].name, output.name, "scores"
+    before = view.bottoms[layer][0]
+    if before.name == output.name:
+        return inputs[0].name, output.name, "probabilities"
+    return inputs[0].name, before.name, "scores"
+
+
+def _batch(net: Net) -> int:
+    """Images that a net of this size takes at a time."""
+    try:
+        each = cost(net).activation_bytes
+    except RebirthError:
+        return 1
+    return max(1, min(BATCH, BATCH_BYTES // max(1, each)))
+
+
+def _batches(images: Lmdb, size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+    """Images and labels, ``size`` at a time."""
+    pixels: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for i, (image, label) in enumerate(images, 1):
+        if pixels and image.shape != pixels[0].shape:
+            raise RebirthError(
+                f"{images.path}: images of {_x(pixels[0].shape)} and of {_x(image.shape)}; "
+                "make it again with --resize"
+            )
+        pixels.append(image)
+        labels.append(label)
+        if len(pixels) == size or i == len(images):
+            yield np.stack(pixels), np.array(labels, np.int64)
+            pixels, labels = pixels[:0], labels[:0]
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[int, int], None]]:
+    """Tell on stderr how far an evaluation is: a bar on a terminal, else nothing."""
+    from .data import show_progress as bar
+
+    with bar() as progress:
+        yield lambda done, total: progress(done - done % 64 if done < total else done, total)

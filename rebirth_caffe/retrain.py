@@ -6,20 +6,28 @@ training step of the plan is applied to the net as trained so far, trained, test
 Training runs in segments of fixed length. Each starts Caffe afresh from the last snapshot, with a seed of its
 own and the data layers moved on to where the segment begins, so that a run that was killed and started again
 does the same arithmetic as one that was not. What is done is in ``retrain/journal.jsonl``; a segment that is
-not there has not happened.
+not there has not happened. (Several GPUs are Caffe's own business: there a killed run goes on from Caffe's
+last whole snapshot, and is not the same to the bit.)
+
+    retrain/journal.jsonl, lock
+    retrain/NN-<step>/       train_val and solver prototxt, caffe.log, snapshots; the weights it ended with
+    final/                   deploy, train_val, weights, plan.yaml, accuracy.json
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import tempfile
-import time
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
+from time import monotonic
 from typing import Any
 
 from . import plan as plans
@@ -28,9 +36,18 @@ from .cost import cost
 from .data import lmdb_info
 from .derive import deploy
 from .engines.caffe import Caffe, CaffeEngine
-from .engines.training import Diverged, Run, snapshot_files, train
-from .errors import RebirthError
-from .evaluate import Accuracy, Transform, evaluate
+from .engines.training import (
+    Diverged,
+    Run,
+    Snapshot,
+    check_snapshot,
+    newest_snapshot,
+    several,
+    snapshot_files,
+    train,
+)
+from .errors import PlanError, RebirthError
+from .evaluate import Accuracy, NotFinite, Transform, evaluate_net
 from .journal import Event, Journal, sole_user, sync
 from .merge import Merge
 from .net import TEST, TRAIN, Net
@@ -38,8 +55,10 @@ from .plan import Plan
 from .schema import caffe_pb2
 from .solver import Schedule, data_layer, solver_text, with_rates
 
-FINAL = "final"
-SLOWER = 0.1  # the learning rate after a step diverged, once
+FINE_TUNE = "fine-tune"  # of the whole net, after the plan's own steps
+SLOWER = 0.1  # of the learning rate, once, after a step diverged
+DISPLAYS = 50  # of a segment, at least: the live line and the curve live on them
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,8 @@ class Options:
     gpus: tuple[str, ...] = ()
 
 
+FLAGS = {"gpus": "--gpu"}
+
 Tell = Callable[[str, dict[str, Any]], None]
 
 
@@ -68,14 +89,30 @@ class Outcome:
     original: Accuracy
     final: Accuracy
     steps: list[Event]
+    macs: tuple[int, int]  # of the deploy nets, original and final
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: original, steps in order, final."""
         return {
-            "original": dataclasses.asdict(self.original),
+            "original": {**dataclasses.asdict(self.original), "macs": self.macs[0]},
             "steps": self.steps,
-            "final": dataclasses.asdict(self.final),
+            "final": {**dataclasses.asdict(self.final), "macs": self.macs[1]},
         }
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: merges of the plan (none: the fine-tune) in a folder of its own."""
+
+    folder: str
+    stage: str
+    merges: tuple[Merge, ...]
+    iterations: int
+
+    @property
+    def new(self) -> list[str]:
+        """The layers that are reborn in it."""
+        return [spec.name for merge in self.merges for spec in merge.becomes if not spec.kept]
 
 
 def retrain(
@@ -83,231 +120,324 @@ def retrain(
 ) -> Outcome | None:
     """Train every step of the plan in ``home``, or go on where a run was stopped.
 
-    ``tell`` hears what happens: ("step", ...), ("progress", ...), ("result", ...), ("note", ...). ``until``
-    names the last step to train; then nothing final is written and None returned. Raises RebirthError,
-    EngineError with the tail of Caffe's log where Caffe fails.
+    ``tell`` hears what happens: ("run", steps and what they have led to so far), ("step", ...), ("progress",
+    ...), ("testing", ...), ("result", ...), ("note", ...). ``until`` names the last step to train; then
+    nothing final is written and None returned. Raises RebirthError, EngineError with what Caffe said where it
+    fails.
     """
-    for name in ("plan.yaml", "original/train_val.prototxt", "original/weights.caffemodel"):
+    for name in ("plan.yaml", *(f"original/{name}" for name in ORIGINAL)):
         if not (home / name).is_file():
             raise RebirthError(
                 f"{home / name}: no such file; "
-                "make the directory with rebirth_net.py --weights ... --train-data ..."
+                "make the directory with rebirth_net.py --weights ... --train-data ... --test-data ..."
             )
-    with sole_user(home / "retrain"):
-        return _Run(home, options, caffe, tell).all(until)
+    try:
+        with sole_user(home / "retrain") as lock:
+            return _Run(home, options, caffe, tell, lock, until).all()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise RebirthError(
+            f"{home}: {error.strerror}; free some space and run the same command again, it goes on from here"
+        ) from None
+
+
+ORIGINAL = ("train_val.prototxt", "weights.caffemodel", "solver.prototxt", "settings.json")
+
+
+@dataclass
+class _Settings:
+    """What rebirth_net.py was told."""
+
+    init: str
+    seed: int
+    iterations: int
+
+    @classmethod
+    def read(cls, home: Path) -> _Settings:
+        path = home / "original/settings.json"
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            return cls(str(found["init"]), int(found["seed"]), int(found["iterations"]))
+        except FileNotFoundError:
+            raise RebirthError(
+                f"{path}: no such file; make the directory with rebirth_net.py --weights ... --train-data ..."
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise RebirthError(f"{path}: damaged; make the directory again with rebirth_net.py") from None
 
 
 class _Run:
     """One process at work on a directory."""
 
-    def __init__(self, home: Path, options: Options, caffe: Caffe, tell: Tell) -> None:
+    def __init__(
+        self, home: Path, options: Options, caffe: Caffe, tell: Tell, lock: int, until: str = ""
+    ) -> None:
         self.home, self.options, self.caffe, self.tell = home, options, caffe, tell
+        self.lock, self.until = lock, until
         self.engine = CaffeEngine(caffe)
         self.plan = plans.load(home / "plan.yaml")
+        self.settings = _Settings.read(home)
         self.template = prototxt.read_text(home / "original/solver.prototxt")
         self.solver = caffe_pb2.SolverParameter()
         prototxt.to_message(prototxt.parse(self.template), self.solver)
-        self.settings = json.loads((home / "original/settings.json").read_text("utf-8"))
+        self.steps = self._steps()
+        if until and until not in [step.stage for step in self.steps]:
+            names = ", ".join(step.stage for step in self.steps) or "none"
+            raise RebirthError(f"--stage {until}: no step is called that; there are {names}")
         self.journal = Journal(home / "retrain" / "journal.jsonl")
         self._same_as_before()
+        for left in (*(home / "retrain").glob(".test.*"), *home.glob(".final.*")):
+            shutil.rmtree(left, ignore_errors=True)  # of a killed run
+
+    def _steps(self) -> list[Step]:
+        steps = []
+        for stage in self.plan.stages:
+            merges = tuple(m for m in self.plan.active if m.stage == stage and not m.exact)
+            if merges:
+                steps.append((stage, merges, self.options.iterations))
+        if self.options.final_iterations:
+            steps.append((FINE_TUNE, (), self.options.final_iterations))
+        return [
+            Step(f"{number:02d}-{stage.replace('/', '_')}", stage, merges, iterations)
+            for number, (stage, merges, iterations) in enumerate(steps, 1)
+        ]
 
     def _same_as_before(self) -> None:
-        """A run goes on only with the plan and the options it began with."""
-        now = {
+        """A run goes on only with the options and the files it began with."""
+        files = {
+            f"original/{name}": zlib.crc32((self.home / "original" / name).read_bytes()) for name in ORIGINAL
+        }
+        now: dict[str, Any] = {
             "options": json.loads(json.dumps(dataclasses.asdict(self.options))),
-            "plan": zlib.crc32(plans.dump(self.plan).encode()),
+            "files": {"plan.yaml": zlib.crc32(plans.dump(self.plan).encode()), **files},
         }
         begun = self.journal.find("begin")
         if begun is None:
             self.journal.add("begin", **now)
             return
+        again = f"or remove {self.home / 'retrain'} to start again"
         for name, value in begun["options"].items():
             if now["options"].get(name) != value:
-                flag = name.replace("_", "-")
+                flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+                said = ",".join(value) if isinstance(value, list) else value
+                given = f"with {flag} {said}" if said not in (None, "") else f"without {flag}"
+                raise RebirthError(f"{self.home}: this run began {given}; go on like that, {again}")
+        for name, digest in begun["files"].items():
+            if now["files"].get(name) != digest:
                 raise RebirthError(
-                    f"{self.home}: this run began with --{flag} {value}; go on with that, "
-                    f"or remove {self.home / 'retrain'} to start again"
+                    f"{self.home / name}: has changed since this run began; put it back, {again}"
                 )
-        if begun["plan"] != now["plan"]:
-            raise RebirthError(
-                f"{self.home}: plan.yaml has changed since this run began; "
-                f"remove {self.home / 'retrain'} to start again"
-            )
 
-    def all(self, until: str) -> Outcome | None:
+    def all(self) -> Outcome | None:
         net = Net.load(self.home / "original/train_val.prototxt", self.home / "original/weights.caffemodel")
+        source = self._tested_on(net).param.data_param.source
+        net.image = lmdb_info(source)[1:]
         exact = Plan(self.plan.net, tuple(m for m in self.plan.active if m.exact))
-        net = plans.apply(net, exact)
-        if until and until not in self.plan.stages:
-            raise RebirthError(f"no step is called '{until}'; there are {', '.join(self.plan.stages)}")
+        net = plans.apply(net, exact, self.settings.init, self.settings.seed)
+        done = [e["stage"] for e in self.journal.all("step")]
+        steps = [(step.stage, step.iterations) for step in self.steps]
+        self.tell("run", {"steps": steps, "done": done})
+        macs = cost(deploy(net)).macs
         original = self._original(net)
-        for number, stage in enumerate(self.plan.stages, 1):
-            merges = [m for m in self.plan.active if m.stage == stage]
-            net = self._step(f"{number:02d}-{stage}".replace("/", "_"), stage, merges, net, original)
-            if stage == until:
+        for step in self.steps:
+            net = self._step(step, net, original)
+            if step.stage == self.until:
                 return None
-        if self.options.final_iterations:
-            number = len(self.plan.stages) + 1
-            net = self._step(f"{number:02d}-{FINAL}", FINAL, [], net, original)
-        return self._finish(net, original)
+        return self._finish(net, original, macs)
 
     # ---- testing ------------------------------------------------------------------------------------------
+
+    def _tested_on(self, net: Net) -> Any:
+        layer = data_layer(net, TEST)
+        if layer is None:
+            raise RebirthError(f"{net.path}: has no Data layer in TEST; give --test-data to rebirth_net.py")
+        return layer
 
     def _original(self, net: Net) -> Accuracy:
         known = self.journal.find("original")
         if known is None:
-            self.tell("note", {"text": "testing the original"})
-            known = self.journal.add("original", **dataclasses.asdict(self._test(net)))
-        return Accuracy(**{f.name: known[f.name] for f in dataclasses.fields(Accuracy)})
+            known = self.journal.add("original", **dataclasses.asdict(self._test(net, "the original")))
+        self.tell("original", known)
+        return _accuracy(known)
 
-    def _test(self, net: Net) -> Accuracy:
+    def _test(self, net: Net, what: str) -> Accuracy:
         """Accuracy of the deploy net of ``net`` on the test data."""
-        layer = data_layer(net, TEST)
-        if layer is None:
-            raise RebirthError(f"{net.path}: has no Data layer in TEST; give --test-data to rebirth_net.py")
-        transform = Transform.of(layer)
-        with tempfile.TemporaryDirectory(dir=self.home / "retrain") as folder:
-            deployed = deploy(net)
-            deployed.write(Path(folder) / "deploy.prototxt")
-            deployed.write_weights(Path(folder) / "weights.caffemodel")
-            return evaluate(
-                Path(folder) / "deploy.prototxt",
-                Path(folder) / "weights.caffemodel",
-                layer.param.data_param.source,
-                self.engine,
-                transform,
-                self.options.threads,
-            )
+        layer = self._tested_on(net)
+        return evaluate_net(
+            net,
+            layer.param.data_param.source,
+            self.engine,
+            Transform.of(layer),
+            self.options.threads,
+            lambda done, total: self.tell("testing", {"what": what, "done": done, "of": total}),
+            self.home / "retrain",
+        )
 
     # ---- one step -----------------------------------------------------------------------------------------
 
-    def _step(self, folder: str, stage: str, merges: list[Merge], net: Net, original: Accuracy) -> Net:
+    def _step(self, step: Step, net: Net, original: Accuracy) -> Net:
         """The net after a step: trained, or as it was where the step was rolled back."""
-        reborn = plans.apply(
-            net, Plan(self.plan.net, tuple(merges)), self.settings["init"], self.settings["seed"]
-        )
-        done = self.journal.find("step", stage=stage)
+        done = self.journal.find("step", step=step.folder)
         if done is not None:
-            return self._loaded(reborn, done["weights"]) if done["kept"] else net
-        total = self.options.iterations if merges else self.options.final_iterations
-        self.tell("step", {"stage": stage, "iterations": total})
-        work = self.home / "retrain" / folder
+            self._tidy(step, done["weights"])
+            if not done["kept"]:
+                return net
+            return self._reborn(step, net.without_weights()).with_weights(self.home / done["weights"])
+        try:
+            reborn = self._reborn(step, net)
+        except PlanError as error:
+            lost = [e["stage"] for e in self.journal.all("step", kept=False)]
+            if not lost:
+                raise
+            self.tell("note", {"text": f"{step.stage}: left out, as {lost[-1]} was rolled back ({error})"})
+            nothing = {"top1": None, "top5": None, "loss": None, "iterations": 0, "seconds": 0.0}
+            return self._done(step, net, net, kept=False, weights=None, reason=str(error), **nothing)
+        self.tell("step", {"stage": step.stage, "iterations": step.iterations})
+        work = self.home / "retrain" / step.folder
         work.mkdir(exist_ok=True)
-        new = [spec.name for merge in merges for spec in merge.becomes if not spec.kept]
-        with_rates(reborn, new).write(work / "train_val.prototxt")
-        reborn.write_weights(work / "start.caffemodel")
-        begun = time.monotonic()
-        weights = f"retrain/{folder}/start.caffemodel"
+        with_rates(reborn, step.new).write(work / "train_val.prototxt")
+        weights = f"retrain/{step.folder}/start.caffemodel"
+        reborn.write_weights(self.home / weights)
         for attempt in (1, 2):
-            weights = self._attempt(folder, stage, attempt, weights, total)
-            trained = self._loaded(reborn, weights)
-            tested = self.journal.find("tested", stage=stage, attempt=attempt) or self.journal.add(
-                "tested", stage=stage, attempt=attempt, **dataclasses.asdict(self._test(trained))
-            )
-            drop = 100 * (original.top1 - tested["top1"])
-            kept = self.options.max_drop is None or drop <= self.options.max_drop or not merges
-            if kept or attempt == 2:
+            weights, tested = self._attempt(step, attempt, reborn, weights)
+            drop = round(100 * (original.top1 - tested["top1"]), 6)  # without what floats add
+            kept = self.options.max_drop is None or drop <= self.options.max_drop or not step.merges
+            if kept:
                 break
-            self.tell("note", {"text": f"{stage}: {drop:.2f} points below the original, training it longer"})
-        if not kept:
-            self.tell("note", {"text": f"{stage}: still {drop:.2f} points below, rolled back"})
-        segments = self.journal.all("segment", stage=stage)
+            said = f"{step.stage}: top-1 {tested['top1']:.2%}, {drop:.2f} points below the original"
+            next_ = "training it longer, once" if attempt == 1 else "rolled back"
+            self.tell("note", {"text": f"{said}; {next_}"})
+        numbers = {
+            **{name: tested[name] for name in ("top1", "top5", "loss")},
+            "iterations": step.iterations * attempt,
+            "seconds": round(sum(e["seconds"] for e in self._segments_of(step)), 1),
+        }
+        trained = reborn.with_weights(self.home / weights)
+        return self._done(step, net, trained, kept=kept, weights=weights, **numbers)
+
+    def _reborn(self, step: Step, net: Net) -> Net:
+        """A net in which a step's merges are made."""
+        return plans.apply(net, Plan(self.plan.net, step.merges), self.settings.init, self.settings.seed)
+
+    def _done(self, step: Step, before: Net, after: Net, **found: Any) -> Net:
+        """Record how a step ended."""
         entry = self.journal.add(
             "step",
-            stage=stage,
-            kept=kept,
-            top1=tested["top1"],
-            top5=tested["top5"],
-            loss=tested["loss"],
-            iterations=total * attempt,
-            seconds=round(sum(s["seconds"] for s in segments) or time.monotonic() - begun, 1),
-            macs=cost(deploy(reborn)).macs,
-            weights=weights,
+            step=step.folder,
+            stage=step.stage,
+            merges=[merge.id for merge in step.merges],
+            macs=cost(deploy(after)).macs,
+            macs_before=cost(deploy(before)).macs,
+            **found,
         )
+        self._tidy(step, entry["weights"])
         self.tell("result", entry)
-        return trained if kept else net
+        return after if entry["kept"] else before
 
-    def _loaded(self, net: Net, weights: str) -> Net:
-        return net.with_weights(self.home / weights)
+    def _tidy(self, step: Step, weights: str | None) -> None:
+        """Leave of a step's weights and snapshots only those it ended with."""
+        for path in (self.home / "retrain" / step.folder).glob("*"):
+            if path.suffix in (".caffemodel", ".solverstate") and (
+                weights is None or path != self.home / weights
+            ):
+                path.unlink(missing_ok=True)
 
-    def _attempt(self, folder: str, stage: str, attempt: int, weights: str, total: int) -> str:
-        """Train ``total`` iterations from ``weights`` in segments; the path of the weights it ends with."""
+    def _attempt(self, step: Step, attempt: int, reborn: Net, weights: str) -> tuple[str, Event]:
+        """Train a step's iterations from ``weights`` and test: the weights it ends with, their accuracy."""
         while True:
-            slower = self.journal.find("diverged", stage=stage, attempt=attempt)
-            rate = SLOWER if slower is not None else 1.0
+            diverged = [e for e in self.journal.all("diverged", step=step.folder) if e["attempt"] <= attempt]
             try:
-                return self._segments(folder, stage, attempt, weights, total, rate)
-            except Diverged as error:
-                if slower is not None:
+                ended = self._segments(step, attempt, reborn, weights, SLOWER if diverged else 1.0)
+                tested = self.journal.find("tested", step=step.folder, attempt=attempt)
+                if tested is None:
+                    accuracy = self._test(reborn.with_weights(self.home / ended), step.stage)
+                    numbers = dataclasses.asdict(accuracy)
+                    tested = self.journal.add("tested", step=step.folder, attempt=attempt, **numbers)
+                return ended, tested
+            except (Diverged, NotFinite) as error:
+                if diverged:
                     raise RebirthError(
-                        f"step '{stage}' diverged again at a tenth of its learning rate: {error}; "
-                        "give a solver template with a lower base_lr"
+                        f"step '{step.stage}' diverged again, at a tenth of its learning rate: {error}; "
+                        f"lower base_lr in {self.home / 'original/solver.prototxt'}, remove "
+                        f"{self.home / 'retrain'} and start again"
                     ) from None
-                self.journal.add("diverged", stage=stage, attempt=attempt)
-                self.tell("note", {"text": f"{stage}: {error}; starting it again at a tenth of the rate"})
+                self.journal.add("diverged", step=step.folder, attempt=attempt, reason=str(error))
+                said = f"{step.stage}: diverged, {error}; starting it again at a tenth of the learning rate"
+                self.tell("note", {"text": said})
 
-    def _segments(self, folder: str, stage: str, attempt: int, weights: str, total: int, rate: float) -> str:
-        done = self.journal.all("segment", stage=stage, attempt=attempt, rate=rate)
+    def _segments_of(self, step: Step, **details: Any) -> list[Event]:
+        return self.journal.all("segment", step=step.folder, **details)
+
+    def _segments(self, step: Step, attempt: int, reborn: Net, weights: str, rate: float) -> str:
+        """Train in segments; the path of the weights that the last one ends with."""
+        files = _Files(self.home, step, attempt, rate)
+        names = {x.name for x in reborn.graph.view(TRAIN).layers if x.blobs}
+        python = any(layer.type == "Python" for layer in reborn.layers)
+        whole = several(self.options.gpus)  # in one go
+        done = self._segments_of(step, attempt=attempt, rate=rate)
         at = done[-1]["iteration"] if done else 0
-        state = done[-1]["state"] if done else None
-        result = str(done[-1]["weights"]) if done else weights
-        length = total if len(self.options.gpus) > 1 else self.options.segment
-        while at < total:
-            stop = min(at + length, total)
-            # A name of its own for every segment: what a killed one left is simply overwritten.
-            prefix = f"retrain/{folder}/a{attempt}r{rate:g}"
+        last = Snapshot(done[-1]["weights"], done[-1]["state"]) if done else None
+        losses = [loss for e in done for _, loss in e["losses"]]
+        if whole and not done:
+            at, last = newest_snapshot(self.home, files.prefix, names) or (0, None)
+        elif at < step.iterations:
+            files.remove_snapshots(but=(weights, *(last or ())))
+        while at < step.iterations:
+            stop = step.iterations if whole else min(at + self.options.segment, step.iterations)
             schedule = Schedule(
-                iterations=total,
-                seed=_seed(self.settings["seed"], stage, attempt, at),
-                net=f"retrain/{folder}/train_val.prototxt",
-                prefix=prefix,
+                iterations=step.iterations,
+                seed=_seed(self.settings.seed, step.folder, attempt, at),
+                net=files.net,
+                prefix=files.prefix,
                 lr_factor=rate,
-                segment=self.options.segment,
+                driven=True,
+                display=max(1, self.options.segment // DISPLAYS),
+                snapshot=self.options.segment if whole else None,
             )
-            solver = self.home / "retrain" / folder / "solver.prototxt"
-            solver.write_bytes(prototxt.encode(solver_text(self.template, schedule)))
-            losses: list[tuple[int, float]] = []
-
-            def hear(iteration: int, loss: float, losses: list[tuple[int, float]] = losses) -> None:
-                losses.append((iteration, loss))
-                self.tell("progress", {"stage": stage, "iteration": iteration, "of": total, "loss": loss})
-
-            begun = time.monotonic()
+            (self.home / files.solver).write_bytes(prototxt.encode(solver_text(self.template, schedule)))
+            told = _Told(self.tell, step)
+            begun = monotonic()
             train(
                 self.caffe,
                 Run(
                     home=self.home,
-                    solver=str(solver.relative_to(self.home)),
+                    solver=files.solver,
                     until=stop,
                     weights=weights,
-                    state=state,
-                    skip=self._skip(folder, at),
+                    state=None if last is None else last.state,
+                    skip=0 if whole else self._skip(reborn, at),
                     gpus=self.options.gpus,
                     threads=self.options.threads,
+                    log=files.log,
+                    python_layers=python,
+                    lock=self.lock,
                 ),
-                hear,
+                told,
             )
-            made = snapshot_files(prefix, stop)
+            made = snapshot_files(files.prefix, stop)
+            check_snapshot(self.home, made, stop, names)
+            losses += [loss for _, loss in told.losses]
+            if _risen(losses):
+                raise Diverged(f"the loss rose from {losses[0]:.3g} to {losses[-1]:.3g} by iteration {stop}")
             sync(*(self.home / name for name in made))
             self.journal.add(
                 "segment",
-                stage=stage,
+                step=step.folder,
                 attempt=attempt,
                 rate=rate,
                 iteration=stop,
-                weights=made[0],
-                state=made[1],
-                losses=losses,
-                seconds=round(time.monotonic() - begun, 2),
+                weights=made.weights,
+                state=made.state,
+                losses=told.losses,
+                seconds=round(monotonic() - begun, 2),
             )
-            for old in snapshot_files(prefix, at):
-                (self.home / old).unlink(missing_ok=True)
-            at, state, result = stop, made[1], made[0]
-        return result
+            files.remove_snapshots(but=(weights, *made))
+            at, last = stop, made
+        return weights if last is None else last.weights
 
-    def _skip(self, folder: str, iteration: int) -> int:
-        """Batches from the start of the database to where an iteration reads."""
-        net = Net.load(self.home / "retrain" / folder / "train_val.prototxt")
+    def _skip(self, net: Net, iteration: int) -> int:
+        """Batches from the start of the database to where an iteration reads, to within a batch."""
         layer = data_layer(net, TRAIN)
         if layer is None or not iteration:
             return 0
@@ -317,55 +447,143 @@ class _Run:
 
     # ---- the end ------------------------------------------------------------------------------------------
 
-    def _finish(self, net: Net, original: Accuracy) -> Outcome:
-        """Write final/ at once and whole."""
+    def _finish(self, net: Net, original: Accuracy, macs: int) -> Outcome:
+        """Write final/, at once and whole."""
         from .rebirth import without_dropout
 
         tested = self.journal.find("finished")
         if tested is None:
-            tested = self.journal.add("finished", **dataclasses.asdict(self._test(net)))
+            numbers = dataclasses.asdict(self._test(net, "the final net"))
+            tested = self.journal.add("finished", **numbers)
         steps = [
-            {key: value for key, value in e.items() if key not in ("event", "weights")}
+            {key: value for key, value in e.items() if key not in ("event", "step", "weights")}
             for e in self.journal.all("step")
         ]
-        final = Accuracy(**{f.name: tested[f.name] for f in dataclasses.fields(Accuracy)})
-        outcome = Outcome(original, final, steps)
-        rolled_back = {step["stage"] for step in steps if not step["kept"]}
-        kept = Plan(
-            self.plan.net,
-            tuple(
-                dataclasses.replace(m, enabled=False, note="rolled back: it cost too much accuracy")
-                if m.stage in rolled_back
-                else m
-                for m in self.plan.merges
-            ),
-        )
+        deployed = without_dropout(deploy(net))
+        outcome = Outcome(original, _accuracy(tested), steps, (macs, cost(deployed).macs))
+        accuracy = json.dumps(outcome.to_json(), indent=2) + "\n"
+        final = self.home / "final"
+        if _holds(final, accuracy):
+            return outcome
         work = Path(tempfile.mkdtemp(prefix=".final.", dir=self.home))
         try:
-            deployed = without_dropout(deploy(net))
             deployed.write(work / "deploy.prototxt")
             deployed.write_weights(work / "weights.caffemodel")
             net.write(work / "train_val.prototxt")
-            (work / "plan.yaml").write_text(plans.dump(kept), "utf-8")
-            (work / "accuracy.json").write_text(json.dumps(outcome.to_json(), indent=2) + "\n", "utf-8")
+            (work / "plan.yaml").write_text(plans.dump(self._kept(steps)), "utf-8")
+            (work / "accuracy.json").write_text(accuracy, "utf-8")
+            work.chmod(0o777 & ~_umask())
             sync(*work.iterdir())
-            work.chmod(0o755)
-            if (self.home / "final").exists():
-                shutil.rmtree(self.home / "final")
-            work.replace(self.home / "final")
+            if final.exists():  # of a run before this one
+                final.rename(Path(tempfile.mkdtemp(prefix=".final.", dir=self.home)) / "before")
+            work.rename(final)
+            sync(final)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            for left in self.home.glob(".final.*"):
+                shutil.rmtree(left, ignore_errors=True)
         return outcome
 
+    def _kept(self, steps: Sequence[Event]) -> Plan:
+        """The plan of the final net: what was rolled back is switched off, and says why."""
+        notes = {
+            step["stage"]: "rolled back: "
+            + (step.get("reason") or f"top-1 {step['top1']:.2%} after {step['iterations']} iterations")
+            for step in steps
+            if not step["kept"]
+        }
+        active = {merge.id for merge in self.plan.active}
+        merges = []
+        for merge in self.plan.merges:
+            if merge.id in active and merge.stage in notes and not merge.exact:
+                merge = dataclasses.replace(merge, enabled=False, note=notes[merge.stage])
+            elif merge.enabled and merge.id not in active:  # it must not come back in the other's place
+                merge = dataclasses.replace(merge, enabled=False)
+            merges.append(merge)
+        return Plan(self.plan.net, tuple(merges))
 
-def _seed(seed: int, stage: str, attempt: int, iteration: int) -> int:
+
+@dataclass(frozen=True)
+class _Files:
+    """A step's files, relative to the directory of the run."""
+
+    home: Path
+    step: Step
+    attempt: int
+    rate: float
+
+    @property
+    def folder(self) -> str:
+        return f"retrain/{self.step.folder}"
+
+    @property
+    def net(self) -> str:
+        return f"{self.folder}/train_val.prototxt"
+
+    @property
+    def solver(self) -> str:
+        return f"{self.folder}/solver.prototxt"
+
+    @property
+    def log(self) -> str:
+        return f"{self.folder}/caffe.log"
+
+    @property
+    def prefix(self) -> str:
+        """Of the snapshots: those of another attempt or rate are never taken for these."""
+        return f"{self.folder}/a{self.attempt}r{self.rate:g}"
+
+    def remove_snapshots(self, but: Sequence[str]) -> None:
+        """Remove all snapshots of this step but these: older ones, and what a killed run left."""
+        for path in (self.home / self.folder).glob("a*_iter_*"):
+            if f"{self.folder}/{path.name}" not in but:
+                path.unlink(missing_ok=True)
+
+
+@dataclass
+class _Told:
+    """Hears Caffe's progress, keeps it and passes it on."""
+
+    tell: Tell
+    step: Step
+    losses: list[tuple[int, float]] = field(default_factory=list)
+
+    def __call__(self, iteration: int, loss: float) -> None:
+        self.losses.append((iteration, loss))
+        of = self.step.iterations
+        self.tell("progress", {"stage": self.step.stage, "iteration": iteration, "of": of, "loss": loss})
+
+
+def _risen(losses: Sequence[float]) -> bool:
+    """Whether a step has unlearned: its loss is far above where it began, not just for a moment."""
+    return len(losses) > 10 and fmean(losses[-10:]) > max(2 * losses[0], losses[0] + 1)
+
+
+def _accuracy(event: Event) -> Accuracy:
+    return Accuracy(**{f.name: event[f.name] for f in dataclasses.fields(Accuracy)})
+
+
+def _holds(final: Path, accuracy: str) -> bool:
+    """Whether final/ is already there, whole, and of this run."""
+    names = ("deploy.prototxt", "weights.caffemodel", "train_val.prototxt", "plan.yaml")
+    try:
+        return (final / "accuracy.json").read_text("utf-8") == accuracy and all(
+            (final / name).is_file() for name in names
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def _seed(seed: int, step: str, attempt: int, iteration: int) -> int:
     """A seed of its own for every segment."""
-    return zlib.crc32(f"{seed} {stage} {attempt} {iteration}".encode()) & 0x7FFFFFFF
+    return zlib.crc32(f"{seed} {step} {attempt} {iteration}".encode()) & 0x7FFFFFFF
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def iterations_of(home: Path) -> int:
     """Iterations a step, as the directory was made for. Raises RebirthError where it is none of ours."""
-    path = home / "original/settings.json"
-    if not path.is_file():
-        raise RebirthError(f"{path}: no such file; make the directory with rebirth_net.py --train-data")
-    return int(json.loads(path.read_text("utf-8"))["iterations"])
+    return _Settings.read(home).iterations

@@ -16,7 +16,7 @@ from .errors import NetError, PrototxtError
 from .net import TEST, TRAIN, Layer, Net
 from .prototxt import Field, Message, number, quote, render
 from .schema import caffe_pb2
-from .shapes import all_param_shapes
+from .shapes import all_param_shapes, infer
 
 # The paper's: SGD with momentum 0.9, a tenth of the rate after 40 of 90 thousand iterations, new layers ten
 # times faster (0.01 against 0.001). The step's place scales with the iterations.
@@ -63,21 +63,33 @@ def trainable(net: Net, data: TrainData) -> Net:
 
 
 def _with_sources(net: Net, data: TrainData) -> Net:
-    changed = {layer: _data_layer(layer, data) for layer in net.layers if layer.type == "Data"}
-    if not changed:
-        kinds = ", ".join(sorted({layer.type for layer in net.layers if layer.type in DATA})) or "none"
-        raise NetError(
-            f"{net.path}: --train-data needs Data layers to put it into, and its data comes from {kinds}; "
-            "give the deploy net instead"
-        )
-    return net.replace(lambda layer: [changed.get(layer, layer)])
+    views = {phase: set(net.graph.view(phase).layers) for phase in (TRAIN, TEST)}
+    changed: dict[Layer, list[Layer]] = {}
+    for layer in net.layers:
+        phases = [phase for phase, layers in views.items() if layer in layers]
+        if layer.type == "Data" and phases:
+            changed[layer] = [_data_layer(layer, data, phase, len(phases) > 1) for phase in phases]
+    for phase, layers in views.items():
+        found = sum(layer in layers for layer in changed)
+        if found != 1:
+            kinds = ", ".join(sorted({layer.type for layer in layers if layer.type in DATA})) or "nowhere"
+            where = "TEST" if phase == TEST else "TRAIN"
+            raise NetError(
+                f"{net.path}: has {found} Data layers in {where} (its data comes from {kinds}), and a "
+                "database needs exactly one to go into; give the deploy net instead"
+            )
+    return net.replace(lambda layer: changed.get(layer, [layer]))
 
 
-def _data_layer(layer: Layer, data: TrainData) -> Layer:
-    """A Data layer over another database."""
-    phases = {rule.phase for rule in layer.param.include if rule.HasField("phase")}
-    test = phases == {TEST}
+def _data_layer(layer: Layer, data: TrainData, phase: int, both: bool) -> Layer:
+    """A Data layer over another database, for one phase; ``both``: so far it served the other, too."""
+    test = phase == TEST
     tree = layer.tree.copy()
+    if both:
+        rules = [f for f in tree.fields if f.name not in ("include", "exclude")]
+        at = next((i for i, f in enumerate(rules) if f.name.endswith("_param")), len(rules))
+        rule = Message([Field("phase", "TEST" if test else "TRAIN")])
+        tree.fields[:] = [*rules[:at], Field("include", rule, one_line=True), *rules[at:]]
     source = _inside(tree, "data_param")
     source.set("source", quote(data.test if test else data.train))
     source.set("backend", "LMDB")
@@ -125,17 +137,19 @@ def _from_deploy(net: Net, data: TrainData) -> Net:
             "training from a deploy net needs one of each, give a train_val"
         )
     name = inputs[0].name
-    scores = view.bottoms[softmax[0]][0].name if softmax else view.outputs[0].name
+    value = view.bottoms[softmax[0]][0] if softmax else view.outputs[0]
+    shape = infer(view)[value]
+    classes = shape[1] if shape is not None and len(shape) > 1 else None
+    scores = value.name
     label = "label" if all("label" not in layer.top for layer in net.layers) else "rebirth_label"
     first = [_new_data(name, label, data, phase) for phase in (TRAIN, TEST)]
     last = [
         _new("loss", "SoftmaxWithLoss", [scores, label], "loss"),
         _new("accuracy/top-1", "Accuracy", [scores, label], "accuracy/top-1", _INCLUDE_TEST),
-        _new(
-            "accuracy/top-5", "Accuracy", [scores, label], "accuracy/top-5",
-            [*_INCLUDE_TEST, Field("accuracy_param", Message([Field("top_k", "5")]))],
-        ),
-    ]  # fmt: skip
+    ]
+    if classes is None or classes >= 5:  # Caffe refuses to look for five among fewer
+        top5 = [*_INCLUDE_TEST, Field("accuracy_param", Message([Field("top_k", "5")]))]
+        last.append(_new("accuracy/top-5", "Accuracy", [scores, label], "accuracy/top-5", top5))
     gone = {*softmax, *(layer for layer in view.layers if layer.type == "Input")}
     kept = [layer for layer in net.layers if layer not in gone]
 
@@ -200,8 +214,10 @@ def with_rates(net: Net, names: Iterable[str], factor: float = REBORN_LR) -> Net
     wanted = set(names)
 
     def swap(layer: Layer) -> list[Layer]:
-        blobs = shapes.get(layer) or []
-        if layer.name not in wanted or not blobs:
+        if layer.name not in wanted:
+            return [layer]
+        blobs = shapes.get(layer) or layer.blobs
+        if not blobs:
             return [layer]
         tree = layer.tree.copy()
         specs = [f.value.copy() for f in layer.tree.all("param") if isinstance(f.value, Message)]
@@ -218,6 +234,10 @@ def with_rates(net: Net, names: Iterable[str], factor: float = REBORN_LR) -> Net
     return net.replace(swap)
 
 
+# What would have a driven solver write other files than those that are waited for.
+_SNAPSHOTS = ("snapshot", "snapshot_diff", "snapshot_format", "snapshot_after_train")
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How one training step is solved."""
@@ -228,7 +248,9 @@ class Schedule:
     prefix: str
     test_iter: int | None = None
     lr_factor: float = 1.0  # below 1 after the step diverged
-    segment: int | None = None  # snapshot interval where retrain.py drives: none of Caffe's own
+    driven: bool = False  # by retrain.py, which tests by itself
+    display: int | None = None  # at least every so many iterations
+    snapshot: int | None = None  # every so many iterations, where ``driven``
 
 
 def solver_text(template: str, schedule: Schedule, path: str = "<solver>") -> str:
@@ -253,15 +275,22 @@ def solver_text(template: str, schedule: Schedule, path: str = "<solver>") -> st
     tree.set("max_iter", str(schedule.iterations))
     tree.set("random_seed", str(schedule.seed))
     tree.set("snapshot_prefix", quote(schedule.prefix))
-    if schedule.segment is not None:  # our own segments snapshot and test
-        tree.fields[:] = [f for f in tree.fields if f.name not in ("test_iter", "test_interval", "snapshot")]
-        tree.set("display", str(max(1, min(param.display or 100, schedule.segment))))
-    elif schedule.test_iter is not None:
+    gone: set[str] = set()
+    if schedule.driven:
+        gone = {"test_iter", "test_interval", "test_state", "weights", *_SNAPSHOTS}
+    elif schedule.test_iter is None:
+        gone = {"test_iter", "test_interval", "test_state"}
+    else:
         tree.set("test_iter", str(schedule.test_iter))
         tree.set("test_interval", str(param.test_interval or 1000))
         tree.set("test_initialization", "false")
-    else:
-        tree.fields[:] = [f for f in tree.fields if f.name not in ("test_iter", "test_interval")]
+        if len(param.test_state) > 1:  # of several test nets
+            gone = {"test_state"}
+    tree.fields[:] = [f for f in tree.fields if f.name not in gone]
+    if schedule.snapshot is not None:
+        tree.set("snapshot", str(schedule.snapshot))
+    if schedule.display is not None:
+        tree.set("display", str(max(1, min(param.display or schedule.display, schedule.display))))
     return render(tree)
 
 

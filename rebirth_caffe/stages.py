@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from . import plan as plans
-from .errors import RebirthError
-from .net import TEST, Layer, Net
+from .derive import is_trainable
+from .errors import RebirthError, WeightsError
+from .net import TEST, TRAIN, Layer, Net
 from .plan import Plan
+from .shapes import check_weights, infer
 from .solver import (
     ITERATIONS,
     Schedule,
@@ -43,18 +45,40 @@ def prepare(net: Net, training: Training) -> Net:
 
     Raises RebirthError where a database is missing or the solver template is none.
     """
-    from .data import lmdb_info
+    from .data import open_lmdb
+    from .evaluate import Transform
 
     solver_text(read_template(training.solver), Schedule(1, 0, "", ""), str(training.solver))
     made = trainable(net, training.data)
     made = made.replace(lambda layer: [_absolute(layer) if layer.type == "Data" else layer])
-    for layer in made.layers:
-        if layer.type == "Data":
-            info = lmdb_info(layer.param.data_param.source)
-            made.image = made.image or (info.channels, info.height, info.width)
-    if data_layer(made, TEST) is None:
-        raise RebirthError(f"{net.path}: reads no data in TEST; give --test-data")
+    for phase, flag in ((TRAIN, "--train-data"), (TEST, "--test-data")):
+        layer = data_layer(made, phase)
+        if layer is None:
+            raise RebirthError(f"{net.path}: reads no data; give {flag}")
+        with open_lmdb(layer.param.data_param.source) as images:
+            info, first = images.info, images[0][0]
+        transformed = Transform.of(layer)(first).shape
+        _same_size(net, transformed, f"{layer.param.data_param.source} ({flag})")
+        made.image = made.image or (info.channels, info.height, info.width)
+    try:
+        check_weights(made, "--weights")
+    except WeightsError as error:
+        raise WeightsError(f"{error} Or images of another size: see --crop") from None
     return made
+
+
+def _same_size(net: Net, transformed: tuple[int, ...], database: str) -> None:
+    """Raise RebirthError where a deploy net takes other images than these."""
+    view = net.graph.view(TEST)
+    if is_trainable(net):
+        return
+    inputs = [*view.inputs, *(v for x in view.layers if x.type == "Input" for v in view.tops[x])]
+    shape = infer(view)[inputs[0]]
+    if shape is not None and shape[1:] != transformed:
+        raise RebirthError(
+            f"{net.path}: takes {'x'.join(map(str, shape[1:]))}, the images of {database} are "
+            f"{'x'.join(map(str, transformed))}; give the --crop the net was trained with, or other images"
+        )
 
 
 def _absolute(layer: Layer) -> Layer:

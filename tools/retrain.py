@@ -4,29 +4,66 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rebirth_caffe import cli
 
+EPILOG = """DIR gets retrain/ (journal and snapshots), training.png, and at the end final/ with
+deploy.prototxt, weights.caffemodel, train_val.prototxt, plan.yaml and accuracy.json."""
+
 
 def parse_args() -> argparse.Namespace:
-    p = cli.Parser(description=__doc__)
+    p = cli.Parser(description=__doc__, epilog=EPILOG)
     p.add_argument("directory", metavar="DIR", type=Path, help="made by rebirth_net.py --train-data")
     p.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)")
-    p.add_argument("--gpu", metavar="IDS", default="", help="device numbers 0,1 or all (default: the CPU)")
-    p.add_argument("--threads", metavar="N", type=int, default=1, help="of the CPU (default: 1)")
-    p.add_argument("--iterations", metavar="N", type=int, help="of each step (default: as in the solvers)")
-    p.add_argument("--final-iterations", metavar="N", type=int, default=0,
+    p.add_argument("--gpu", metavar="IDS", type=_gpus, default=(),
+                   help="a device number, several (0,1) or all (default: the CPU)")  # fmt: skip
+    p.add_argument("--threads", metavar="N", type=_positive, default=1, help="of the CPU (default: 1)")
+    p.add_argument(
+        "--iterations", metavar="N", type=_positive, help="of each step (default: as in the solvers)"
+    )
+    p.add_argument("--final-iterations", metavar="N", type=_whole, default=0,
                    help="of the whole net at the end (default: 0)")  # fmt: skip
-    p.add_argument("--max-drop", metavar="POINTS", type=float,
-                   help="roll a step back that ends further below the original's top-1")  # fmt: skip
-    p.add_argument("--segment", metavar="N", type=int, default=1000,
+    p.add_argument("--max-drop", metavar="POINTS", type=_points,
+                   help="train a step longer, once, that ends further below the original's top-1, "
+                   "then roll it back (default: keep every step)")  # fmt: skip
+    p.add_argument("--segment", metavar="N", type=_positive, default=1000,
                    help="iterations between snapshots (default: 1000)")  # fmt: skip
     p.add_argument("--stage", metavar="ID", default="", help="stop after this step")
     return p.parse_args()
+
+
+def _gpus(text: str) -> tuple[str, ...]:
+    if not re.fullmatch(r"all|\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not device numbers, like 0,1, nor all")
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1")
+    return int(text)
+
+
+def _points(text: str) -> float:
+    try:
+        points = float(text)
+    except ValueError:
+        points = -1.0
+    if not 0 <= points <= 100:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of points from 0 to 100, like 0.5")
+    return points
 
 
 def main() -> None:
@@ -41,13 +78,28 @@ def main() -> None:
         max_drop=args.max_drop,
         segment=args.segment,
         threads=args.threads,
-        gpus=tuple(word for word in args.gpu.split(",") if word),
+        gpus=args.gpu,
     )
+
+    def tell(what: str, details: dict[str, Any]) -> None:
+        screen.tell(what, details)
+        if what == "result":
+            draw(args.directory)
+
     with Screen() as screen:
-        outcome = retrain(args.directory, options, find_caffe(args.caffe), screen.tell, args.stage)
+        try:
+            outcome = retrain(args.directory, options, find_caffe(args.caffe), tell, args.stage)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the last snapshot", file=sys.stderr)
+            raise
         draw(args.directory)
         if outcome is not None:
             screen.summary(outcome)
+            screen.console.print(f"wrote {args.directory / 'final'}/", markup=False)
+        else:
+            screen.console.print(
+                f"stopped after {args.stage}; without --stage the rest goes on", markup=False
+            )
 
 
 if __name__ == "__main__":

@@ -9,21 +9,30 @@ line of JSON:
     skip     batches that the data layers of the training net shall read and drop first
     until    iteration to stop at
     gpu      device number, or null for the CPU
+    io       whether anything may want caffe.io, which takes most of the time of importing caffe
 
 It snapshots at the end. What Caffe has to say goes to stderr, where the parent reads it.
 """
+# ruff: noqa: PTH100, PTH120
 
 import json
+import os
+import resource
 import sys
-
-sys.path[:] = [path for path in sys.path if path != sys.path[0]]  # a caffe.py lies beside this file
-import caffe  # noqa: E402
+import types
 
 DATA = ("Data", "ImageData", "HDF5Data", "WindowData")
 
 
 def main() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]  # its caffe.py is not Caffe
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a failed check of Caffe's aborts the process
     request = json.loads(sys.stdin.readline())
+    if not request["io"]:
+        sys.modules["caffe.io"] = types.ModuleType("caffe.io")
+    import caffe
+
     if request["gpu"] is None:
         caffe.set_mode_cpu()
     else:
