@@ -37,7 +37,7 @@ class Layer:
         self.line = line
         self.offset = offset  # where ``text`` starts in the text the tree's spans count in
         self.param = caffe_pb2.LayerParameter()
-        self.unknown: list[Field] = prototxt.to_message(tree, self.param, path)
+        self.unknown: list[Field] = prototxt.to_message(tree, self.param, path or "<text>")
         self.record: Record | None = None
 
     @classmethod

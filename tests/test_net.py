@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rebirth_caffe.caffemodel import Blob, Record
 from rebirth_caffe.cost import cost
-from rebirth_caffe.errors import NetError, RebirthError
+from rebirth_caffe.errors import NetError, PrototxtError, RebirthError
 from rebirth_caffe.net import TEST, TRAIN, Layer, Net, State, View
 from rebirth_caffe.shapes import infer
 
@@ -412,6 +412,14 @@ def test_a_layer_by_its_name_where_the_name_is_one_layers():
 def test_a_layer_from_a_text_that_is_not_one(text):
     with pytest.raises(NetError, match=r"^f:3: expected exactly one layer \{ ... \}$"):
         Layer.from_text(text, path="f", line=3)
+
+
+def test_a_wrong_value_in_a_piece_is_at_its_line_in_the_file():
+    text = 'layer {\n name: "a"\n lrn_param { alpha: x } }'
+    with pytest.raises(PrototxtError, match=r"^f:12: alpha: expected a number, found x$"):
+        Layer.from_text(text, path="f", line=10)
+    with pytest.raises(PrototxtError, match=r"^<text>:3: alpha: expected a number, found x$"):
+        Layer.from_text(text)
 
 
 def test_small_things(tmp_path):
