@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .errors import NetError
-from .net import TEST, Layer, Net
+from .net import TEST, Layer, Net, State
 from .prototxt import quote
 from .shapes import LOSSES, infer
 
 DATA = ("Data", "DummyData", "HDF5Data", "ImageData", "MemoryData", "WindowData")
 # What turns the scores a loss reads into what a user of the net wants.
-_HEADS = {"SoftmaxWithLoss": ("Softmax", "prob"), "SigmoidCrossEntropyLoss": ("Sigmoid", "prob")}
+_HEADS = {"SoftmaxWithLoss": "Softmax", "SigmoidCrossEntropyLoss": "Sigmoid"}
 
 
 def is_trainable(net: Net) -> bool:
@@ -25,28 +25,17 @@ def deploy(net: Net) -> Net:
     """
     if not is_trainable(net):
         return net
-    from .rules.match import main_loss
+    from .rules.match import feeding, main_output
 
-    graph = net.graph
-    view = graph.view(TEST)
-    loss = main_loss(graph)
+    loss, view, scores = main_output(net.graph)
+    needed = feeding(view, scores)
+    kept = [layer for layer in view.layers if layer in needed and layer.type not in DATA]
+    if not kept:
+        raise NetError(f"{net.path}: has no layers between its data and its loss; give a net that computes")
+    read = {value for layer in kept for value in view.bottoms[layer]}
     shapes = infer(view, batch=1)
-    wanted = view.bottoms[loss][:1] if loss is not None else view.outputs
-    needed: set[Layer] = set()
-    todo = [value.producer for value in wanted if value.producer is not None]
-    inputs = []
-    while todo:
-        layer = todo.pop()
-        if layer in needed:
-            continue
-        needed.add(layer)
-        todo += [value.producer for value in view.bottoms[layer] if value.producer is not None]
-    for layer in view.layers:
-        if layer.type in DATA:
-            read = {value for reader in needed for value in view.bottoms[reader]}
-            inputs += [value for value in view.tops[layer] if value in read]
-    new: list[Layer] = []
-    for value in inputs:
+    inputs: list[Layer] = []
+    for value in (v for layer in view.layers if layer.type in DATA for v in view.tops[layer] if v in read):
         shape = shapes[value]
         if shape is None:
             raise NetError(
@@ -54,22 +43,38 @@ def deploy(net: Net) -> Net:
                 "give it a crop_size, or --image 3x224x224 (channels x height x width)"
             )
         dims = " ".join(f"dim: {d}" for d in shape)
-        new.append(_layer(net, value.name, "Input", [], value.name, f"input_param {{ shape {{ {dims} }} }}"))
+        inputs.append(
+            _layer(net, value.name, "Input", [], value.name, f"input_param {{ shape {{ {dims} }} }}")
+        )
     head: list[Layer] = []
     if loss is not None and loss.type in _HEADS:
-        kind, name = _HEADS[loss.type]
-        head.append(_layer(net, name, kind, [wanted[0].name], name))
-    kept = [layer for layer in view.layers if layer in needed and layer.type not in DATA]
-    if not kept:
-        raise NetError(f"{net.path}: has no layers between its data and its loss; give a net that computes")
-    first, last = kept[0], kept[-1]
+        blobs = {blob for layer in kept for blob in (layer.name, *layer.top)}
+        name = next(name for name in ("prob", loss.name, f"{loss.name}/prob") if name not in blobs)
+        axis = loss.param.softmax_param.axis
+        extra = f"softmax_param {{ axis: {axis} }}" if axis != 1 else ""
+        head.append(_layer(net, name, _HEADS[loss.type], [scores[0].name], name, extra))
+    plain = State(TEST, net.header.state.level, frozenset(net.header.state.stage))
 
     def swap(layer: Layer) -> list[Layer]:
         if layer not in needed or layer.type in DATA:
             return []
-        return [*(new if layer is first else []), layer, *(head if layer is last else [])]
+        always = layer if plain.includes(layer) else _without_rules(layer)
+        return [*(inputs if layer is kept[0] else []), always, *(head if layer is kept[-1] else [])]
 
     return net.replace(swap)
+
+
+def _without_rules(layer: Layer) -> Layer:
+    """A layer that is in the net whatever phase and stage it is run in."""
+    text = layer.text
+    for field in reversed(layer.tree.fields):
+        if field.name in ("include", "exclude"):
+            start, end = field.start - layer.offset, field.end - layer.offset
+            before = text[:start].rstrip(" \t")
+            text = (before[:-1] if before.endswith("\n") else before) + text[end:]
+    changed = Layer.from_text(text, path=layer.path, line=layer.line)
+    changed.record = layer.record
+    return changed
 
 
 def _layer(net: Net, name: str, kind: str, bottom: list[str], top: str, extra: str = "") -> Layer:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 IN, OUT = "@in", "@out"
 EXACT_KINDS = ("fold", "drop")
 KINDS = (*EXACT_KINDS, "streamline", "branches")
+GEOMETRY = ("num_output", "kernel", "stride", "pad", "group")
+TENSOR = ("Convolution", "InnerProduct")  # layer types that can be reborn
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,8 @@ class Spec:
     """One layer of what a merge becomes.
 
     A spec whose name is that of ``like`` keeps that layer, on other blobs. Any other is a reborn layer: made
-    after ``like`` (type, training options, bias filler, unknown fields) with the geometry given here. Its
-    output channels come from ``rows`` in order.
+    after ``like`` (type, training options, bias filler, unknown fields) with the geometry given here, and
+    ``like``'s where it is None. Its output channels come from ``rows`` in order.
     """
 
     name: str

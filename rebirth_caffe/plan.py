@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from .caffemodel import Blob, Record
-from .errors import NetError, PlanError
-from .merge import EXACT_KINDS, IN, KINDS, OUT, Merge, Refusal, Rows, Spec
-from .net import Graph, Layer, Net
+from .errors import NetError, PlanError, WeightsError
+from .merge import EXACT_KINDS, GEOMETRY, IN, KINDS, OUT, TENSOR, Merge, Refusal, Rows, Spec
+from .net import Graph, Layer, Net, View
 from .prototxt import Field, Message, quote, render
-from .shapes import infer
+from .shapes import check_weights, infer
 
 VERSION = 1
 MAX_DEPTH = 20  # of a plan.yaml
@@ -78,76 +78,84 @@ def propose(
     Raises PlanError for a name the plan does not have.
     """
     from .derive import is_trainable
-    from .rules import Options, drop_dropout, fold_batchnorm, merge_branches, merge_streamline
+    from .rules import Findings, Options, drop_dropout, fold_batchnorm, merge_branches, merge_streamline
     from .rules.match import Matcher
 
-    options = Options(kernel, reduce)
+    found = Findings()
     matcher = Matcher(net)
-    found = fold_batchnorm.propose(matcher)
+    fold_batchnorm.propose(matcher, found)
     if not is_trainable(net):
-        dropped = drop_dropout.propose(matcher)
-        found.merges += dropped.merges
-        found.refused += dropped.refused
-    left_out = set(skip)
-    merges = [_disabled(m, "--skip") if m.id in left_out else m for m in found.merges]
+        drop_dropout.propose(matcher, found)
+    merges = [_disabled(m, "--skip") if m.id in skip else m for m in found.merges]
     refused = found.refused
     if not exact:
         folded = apply(net, Plan(net.name, tuple(merges)))
-        matcher = Matcher(folded)
-        taken: set[Layer] = set()
-        blocks = merge_branches.propose(matcher, options, taken)
-        lines = merge_streamline.propose(matcher, options, taken)
+        found = Findings(ids=found.ids)
+        matcher, options = Matcher(folded), Options(kernel, reduce)
+        merge_branches.propose(matcher, options, found)
+        merge_streamline.propose(matcher, options, found)
         place = {layer.name: i for i, layer in enumerate(folded.layers)}
-        merges += _unique(
-            sorted(blocks.merges + lines.merges, key=lambda m: min(place[name] for name in m.layers))
-        )
+        merges += sorted(found.merges, key=lambda m: min(place[name] for name in m.layers))
         # A layer refused here may have found its place there; and nothing is told twice.
         placed = {name for merge in merges if merge.enabled for name in merge.absorbs}
-        for refusal in blocks.refused + lines.refused:
+        for refusal in found.refused:
             if refusal.layers[-1] not in placed and refusal.layers not in {r.layers for r in refused}:
                 refused.append(refusal)
-    known = {name for merge in merges for name in (merge.id, merge.stage) if name}
+    return Proposal(select(net, Plan(net.name, tuple(merges)), only, skip), refused)
+
+
+def select(
+    net: Net, plan: Plan, only: Sequence[str] = (), skip: Sequence[str] = (), exact: bool = False
+) -> Plan:
+    """The plan with just the merges (or steps) ``only``, or all but ``skip``, or the exact ones enabled.
+
+    With the merges named by ``only`` go those of ``net`` they build upon. Raises PlanError for a name the
+    plan does not have.
+    """
+    known = {name for merge in plan.merges for name in (merge.id, merge.stage) if name}
     for name in (*only, *skip):
         if name not in known:
             raise PlanError(f"no merge is called '{name}'; there are {', '.join(sorted(known)) or 'none'}")
-    merges = [_disabled(m, "--skip") if {m.id, m.stage} & left_out else m for m in merges]
+    merges = list(plan.merges)
+    if skip:
+        merges = [_disabled(m, "--skip") if {m.id, m.stage} & set(skip) else m for m in merges]
+    if exact:
+        merges = [m if m.exact else _disabled(m, "--exact") for m in merges]
     if only:
-        merges = _only(merges, set(only))
-    return Proposal(Plan(net.name, tuple(merges)), refused)
+        merges = _only(net, merges, set(only))
+    return Plan(plan.net, tuple(merges))
 
 
 def _disabled(merge: Merge, why: str) -> Merge:
     return dataclasses.replace(merge, enabled=False, note=f"left out by {why}") if merge.enabled else merge
 
 
-def _only(merges: list[Merge], names: set[str]) -> list[Merge]:
-    """Enable just the named merges and the exact ones they build upon."""
+def _only(net: Net, merges: list[Merge], names: set[str]) -> list[Merge]:
+    """Enable just the named merges and those they build upon."""
     wanted = {m.id for m in merges if m.id in names or (m.enabled and m.stage in names)}
-    makes = {spec.name: m.id for m in merges for spec in m.becomes if not spec.kept}
     for merge in reversed(merges):
         if merge.id in wanted:
-            wanted |= {makes[name] for name in merge.layers if name in makes}
+            wanted |= _foundations(net, merges, merge)
     return [
         dataclasses.replace(m, enabled=True) if m.id in wanted else _disabled(m, "--only") for m in merges
     ]
 
 
-def _unique(merges: list[Merge]) -> list[Merge]:
-    """Ids that occur once: a second one is named after its first layer."""
-    seen: set[str] = set()
-    out: list[Merge] = []
-    renamed: dict[str, str] = {}
-    for merge in merges:
-        new = merge.id
-        if new in seen:
-            new, i = merge.absorbs[0], 2
-            while new in seen:
-                new, i = f"{merge.absorbs[0]}:{i}", i + 1
-            renamed[merge.id] = new
-        seen.add(new)
-        stage = new if merge.stage == merge.id else merge.stage
-        out.append(dataclasses.replace(merge, id=new, stage=stage))
-    return out
+def _foundations(net: Net, merges: list[Merge], merge: Merge) -> set[str]:
+    """The enabled merges that ``merge`` builds upon: they make its layers, or take a layer away above one."""
+    enabled = [m for m in merges if m.enabled]
+    made = [m for m in enabled if any(s.name in merge.layers for s in m.becomes if not s.kept)]
+    taken_away = {name: m.id for m in enabled if not m.becomes for name in m.absorbs}
+    needed = {m.id for m in made}
+    group = {*merge.layers, *(name for m in made for name in m.absorbs)}
+    todo = [layer for layer in net.layers if layer.name in group]
+    while todo:
+        layer = todo.pop()
+        above = {p for i in range(len(layer.bottom)) for p in net.graph.producers(layer, i) if p is not None}
+        gone = [p for p in above if taken_away.get(p.name, merge.id) != merge.id]
+        needed |= {taken_away[p.name] for p in gone}
+        todo += gone
+    return needed
 
 
 # ---- applying ---------------------------------------------------------------------------------------------
@@ -164,16 +172,25 @@ def apply(net: Net, plan: Plan, init: str = "inherit", seed: int = 0) -> Net:
         batch = _disjoint(net, pending)
         net = _apply_batch(net, batch, init, seed)
         pending = pending[len(batch) :]
+    try:
+        check_weights(net, "the reborn net")
+    except WeightsError as error:
+        raise PlanError(f"the plan does not fit together: {error}") from None
     return net
 
 
 def _disjoint(net: Net, pending: list[Merge]) -> list[Merge]:
-    """The merges from the front whose layers are there and not each other's."""
+    """The merges from the front whose layers are there and not each other's.
+
+    Those that take a layer away make new neighbours for what follows them.
+    """
     batch: list[Merge] = []
     used: set[str] = set()
     names = {layer.name for layer in net.layers}
     for merge in pending:
         if used.intersection(merge.layers) or not names.issuperset(merge.layers):
+            break
+        if batch and merge.becomes and not batch[-1].becomes:
             break
         used.update(merge.layers)
         batch.append(merge)
@@ -189,12 +206,11 @@ def _disjoint(net: Net, pending: list[Merge]) -> list[Merge]:
 
 @dataclass
 class _Border:
-    """What a group reads and what it gives: blob names, and the tops behind the output."""
+    """What a group reads (where it is read first) and what it gives."""
 
-    source: str
+    reader: tuple[Layer, int]
     out: str
-    last: Layer
-    top: int
+    last: Layer  # gives it
 
 
 def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
@@ -209,32 +225,31 @@ def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
                 group_of[net.layer(name)] = i
             except NetError as error:
                 raise PlanError(f"merge '{merge.id}': {error}") from None
+        _check_merge(net, merge)
     groups: list[list[Layer]] = [[] for _ in batch]
     for layer in net.layers:
         if layer in group_of:
             groups[group_of[layer]].append(layer)
     borders = [_border(graph, m, g) for m, g in zip(batch, groups, strict=True)]
 
-    # Blobs that vanish because nothing replaces their makers: who reads them reads what those read.
-    alias: dict[tuple[Layer, int], str] = {
-        (b.last, b.top): b.source for m, b in zip(batch, borders, strict=True) if not m.becomes
+    # Blobs that vanish because nothing replaces their makers: who reads them reads what the group read.
+    vanished = {
+        (b.last, b.last.top.index(b.out)): b.reader
+        for merge, b in zip(batch, borders, strict=True)
+        if not merge.becomes
     }
 
     def read_name(layer: Layer, index: int) -> str:
         name = layer.bottom[index]
         for producer in graph.producers(layer, index):
-            if producer is not None and name in producer.top:
-                key = (producer, producer.top.index(name))
-                if key in alias:
-                    # The layer whose output vanished may itself have read one that did.
-                    return read_name(producer, 0)
+            if producer is not None and (producer, producer.top.index(name)) in vanished:
+                # The group whose output vanished may itself have read one that did.
+                return read_name(*vanished[producer, producer.top.index(name)])
         return name
 
     made: list[list[Layer]] = []
     for merge, group, border in zip(batch, groups, borders, strict=True):
-        reader = next(x for x in group if border.source in x.bottom)
-        source = read_name(reader, reader.bottom.index(border.source))
-        made.append(_make(net, merge, group, source, border.out))
+        made.append(_make(net, merge, group, read_name(*border.reader), border.out))
         weights = weights_for(net, merge, init, seed)
         for layer in made[-1]:
             if layer.name in weights:
@@ -256,25 +271,24 @@ def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
 def _border(graph: Graph, merge: Merge, group: list[Layer]) -> _Border:
     """The one blob a group reads from outside and the one it gives. Raises PlanError for another number."""
     inside = set(group)
-    sources: dict[tuple[Any, ...], str] = {}
-    outs: dict[tuple[Layer, int], str] = {}
+    sources: dict[tuple[Any, ...], tuple[Layer, int]] = {}  # value -> its first reader
+    outs: list[tuple[str, Layer]] = []
     for layer in group:
         for i, name in enumerate(layer.bottom):
             producers = [p for p in graph.producers(layer, i) if p not in inside]
             if producers:
-                sources[(name, *producers)] = name
+                sources.setdefault((name, *producers), (layer, i))
         for i, name in enumerate(layer.top):
             outside = [r for r, _ in graph.readers(layer, i) if r not in inside]
             if outside or not graph.readers(layer, i):
-                outs[layer, i] = name
+                outs.append((name, layer))
     if len(sources) != 1:
-        names = ", ".join(sorted(set(sources.values()))) or "nothing"
+        names = ", ".join(sorted({layer.bottom[i] for layer, i in sources.values()})) or "nothing"
         raise PlanError(f"merge '{merge.id}' reads {names}; a merge reads exactly one blob from outside")
     if len(outs) != 1:
-        names = ", ".join(sorted(set(outs.values()))) or "nothing"
+        names = ", ".join(sorted({name for name, _ in outs})) or "nothing"
         raise PlanError(f"merge '{merge.id}' gives {names}; other layers may read exactly one of its blobs")
-    (last, top), out = next(iter(outs.items()))
-    return _Border(next(iter(sources.values())), out, last, top)
+    return _Border(next(iter(sources.values())), *outs[0])
 
 
 def _make(net: Net, merge: Merge, group: list[Layer], source: str, out: str) -> list[Layer]:
@@ -293,7 +307,7 @@ def _make(net: Net, merge: Merge, group: list[Layer], source: str, out: str) -> 
         tree.set("bottom", *map(quote, bottom))
         tree.set("top", *map(quote, top))
         if not spec.kept:
-            _set_geometry(tree, like, spec, merge)
+            _set_geometry(tree, like, spec, merge.exact)
         # What stood above the group stands above what it became.
         comments = group[0].comments if not layers else like.comments
         before = "" if not comments or comments.endswith(("\n", " ", "\t")) else net.newline
@@ -302,33 +316,63 @@ def _make(net: Net, merge: Merge, group: list[Layer], source: str, out: str) -> 
     return layers
 
 
-def _set_geometry(tree: Message, like: Layer, spec: Spec, merge: Merge) -> None:
-    """Write a reborn layer's geometry into its tree."""
+def _check_merge(net: Net, merge: Merge) -> None:
+    """Raise PlanError where a merge says what cannot be, whatever blobs it reads."""
+
+    def require(true: bool, otherwise: str) -> None:
+        if not true:
+            raise PlanError(f"merge '{merge.id}': {otherwise}")
+
+    types = [net.layer(name).type for name in merge.absorbs]
+    if merge.kind == "drop":
+        good = set(types) == {"Dropout"} and not merge.becomes
+        require(good, "a drop removes a Dropout, nothing else; correct it, or its kind")
+    if merge.kind == "fold":
+        good = len(merge.becomes) == 1 and types[0] in TENSOR and set(types[1:]) <= {"BatchNorm", "Scale"}
+        what = "a Convolution or InnerProduct of itself and the BatchNorms and Scales behind it"
+        require(good, f"a fold makes {what}; correct it, or its kind")
+    for spec in merge.becomes:
+        where = f"layer '{spec.name}'"
+        for name in (spec.like, *(row.layer for row in spec.rows if row.layer != IN)):
+            require(name in merge.layers, f"{where} is made after '{name}', no layer of this merge")
+        kind = net.layer(spec.like).type
+        require(spec.kept or kind in TENSOR, f"{where} is made after '{spec.like}', a {kind}; only a "
+                "Convolution or InnerProduct can be reborn")  # fmt: skip
+        given = [key for key in GEOMETRY if getattr(spec, key) is not None]
+        if given and (spec.kept or merge.exact):
+            require(False, f"{where} keeps its weights: no {given[0]} can be given; give it another name")
+        odd = [key for key in given if kind == "InnerProduct" and key != "num_output"]
+        require(not odd, f"{where} is an InnerProduct: it has no {''.join(odd[:1])}")
+
+
+def _set_geometry(tree: Message, like: Layer, spec: Spec, exact: bool) -> None:
+    """Write a reborn layer's geometry into its tree; what the spec does not give stays."""
     key = "convolution_param" if like.type == "Convolution" else "inner_product_param"
     p = tree.message(key)
     if p is None:
-        raise PlanError(f"merge '{merge.id}': layer '{spec.name}' is made after {like.type} '{like.name}'")
-    if merge.exact:  # a folded layer always has a bias
+        raise NetError(f"{like.where}: {key} is missing; give it a num_output")
+    if exact:  # a folded layer always has a bias
         p.fields[:] = [f for f in p.fields if f.name != "bias_term"]
         return
-    geometry = [Field("num_output", str(spec.num_output))]
-    drop = ["num_output"]
-    if spec.kernel is not None and spec.stride is not None and spec.pad is not None:
-        for name, base, values, default in (
-            ("pad", "pad", spec.pad, 0),
-            ("kernel_size", "kernel", spec.kernel, None),
-            ("stride", "stride", spec.stride, 1),
-        ):
-            drop += [name, f"{base}_h", f"{base}_w"]
-            if set(values) == {default}:
-                continue
-            if values[0] == values[1]:
-                geometry.append(Field(name, str(values[0])))
-            else:
-                geometry += [Field(f"{base}_h", str(values[0])), Field(f"{base}_w", str(values[1]))]
+    geometry = [Field("num_output", str(spec.num_output))] if spec.num_output is not None else []
+    drop = [f.name for f in geometry]
+    for name, base, pair, default in (
+        ("pad", "pad", spec.pad, 0),
+        ("kernel_size", "kernel", spec.kernel, None),
+        ("stride", "stride", spec.stride, 1),
+    ):
+        if pair is None:
+            continue
+        drop += [name, f"{base}_h", f"{base}_w"]
+        if pair[0] != pair[1]:
+            geometry += [Field(f"{base}_h", str(pair[0])), Field(f"{base}_w", str(pair[1]))]
+        elif pair[0] != default:
+            geometry.append(Field(name, str(pair[0])))
     at = next((i for i, f in enumerate(p.fields) if f.name in drop), 0)
     rest = [f for f in p.fields if f.name not in drop]
     p.fields[:] = [*rest[:at], *geometry, *rest[at:]]
+    if spec.group not in (None, like.param.convolution_param.group):
+        p.set("group", str(spec.group))
     filler = like.param.convolution_param if like.type == "Convolution" else like.param.inner_product_param
     if filler.weight_filler.type != "xavier":  # the paper's start, whatever the original's was
         p.set("weight_filler", Message([Field("type", quote("xavier"))]))
@@ -337,13 +381,13 @@ def _set_geometry(tree: Message, like: Layer, spec: Spec, merge: Merge) -> None:
 def _check(before: Net, after: Net, batch: list[Merge], borders: list[_Border]) -> None:
     """What must hold after every batch: the graph is whole, and what is still read has its old size."""
     maker = {b.out: m.id for m, b in zip(batch, borders, strict=True)}
-    try:
-        shapes = [{v.name: s for v, s in infer(view).items()} for view in after.graph.views]
-    except NetError as error:
-        raise PlanError(f"after merging {', '.join(maker.values())}: {error}") from None
-    for view, new in zip(before.graph.views, shapes, strict=False):
+    for view in before.graph.views:
+        try:
+            sizes = {value.name: shape for value, shape in infer(View(after, view.state)).items()}
+        except NetError as error:
+            raise PlanError(f"after merging {', '.join(maker.values())}: {error}") from None
         for value, shape in infer(view).items():
-            now = new.get(value.name, shape)
+            now = sizes.get(value.name, shape)
             if now != shape and shape is not None:
                 blame = maker.get(value.name) or ", ".join(maker.values())
                 raise PlanError(

@@ -4,19 +4,20 @@ Inherit, for each range of output channels (``Rows``) of a reborn convolution:
 - from the layer it is made after: its kernel at its place in the new one, zero around it; of a reducer that
   shrank the channels that carry most weight into what they feed;
 - from an absorbed branch: that branch's kernel as a function of the merge's input, seen through what is left
-  of the absorber's own reducers: W_branch pinv(W_reducer), centred;
+  of the absorber's own reducers: W_branch pinv(W_reducer), at its place;
 - from the input itself, passed on by an absorbed pool: the identity, likewise.
+What has no source comes from the filler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..caffemodel import Array
-from ..merge import IN, Merge, Rows, Spec
+from ..merge import IN, TENSOR, Merge, Rows, Spec
 from ..net import Layer, Net
 from ..schema import caffe_pb2
 from .fill import XAVIER, fill, generator
@@ -29,39 +30,48 @@ DEAD = 1e-2
 class _Blob:
     """What is known of a blob inside the merge.
 
-    ``matrix`` (channels x input channels) is its linear dependence on the merge's input, None for the input
-    itself; ``chosen`` the original channels left of it, None for all.
+    Where the merge's input x is constant over the image and no activation cuts, the blob is
+    ``matrix`` x + ``shift``; a matrix of None is the identity.
     """
 
-    channels: int | None
+    channels: int  # 0: not known
+    known: bool = True
     matrix: Array | None = None
-    chosen: Array | None = None
+    shift: Array | None = None
+    chosen: Array | None = None  # the original channels left of it, None for all
 
 
 def reborn(net: Net, merge: Merge, method: str, seed: int) -> dict[str, list[Array]]:
     """Blobs of every reborn layer of ``merge``; layers made after one without weights are left out."""
-    blobs: dict[str, _Blob] = {IN: _Blob(None)}
+    blobs: dict[str, _Blob] = {IN: _Blob(_input_channels(net, merge))}
     out: dict[str, list[Array]] = {}
     for spec in merge.becomes:
-        layer = net.layer(spec.like)
-        source = blobs.get(spec.bottom[0], _Blob(None))
-        if layer.type not in ("Convolution", "InnerProduct"):
+        layer, source = net.layer(spec.like), blobs.get(spec.bottom[0], _Blob(0, known=False))
+        if layer.type not in TENSOR:
             blobs[spec.top[0]] = source
             continue
         if not layer.blobs:
-            blobs[spec.top[0]] = _Blob(spec.num_output)
+            blobs[spec.top[0]] = _Blob(spec.num_output or 0, known=False)
             continue
         weight, bias = _own(layer)
         chosen = None
         if not spec.kept:
             if method == "inherit":
-                weight, bias, chosen = _inherit(net, merge, spec, source, seed)
+                weight, bias, chosen = _inherit(net, merge, spec, source, blobs[IN], seed)
             else:
                 weight, bias = _xavier(layer, spec, source, seed)
             stored = weight.T if _transposed(layer) else weight
             out[spec.name] = [np.ascontiguousarray(stored), bias][: len(layer.blobs)]
-        blobs[spec.top[0]] = _Blob(len(weight), _dc(weight, source.matrix, _group(layer)), chosen)
+        behind = _through(weight, bias, spec.group or _group(layer), source)
+        blobs[spec.top[0]] = replace(behind, chosen=chosen)
     return out
+
+
+def _input_channels(net: Net, merge: Merge) -> int:
+    """Channels of the merge's input: its first convolution reads as many."""
+    names = set(merge.layers)
+    first = next((x for x in net.layers if x.name in names and x.type == "Convolution"), None)
+    return _own(first)[0].shape[1] * _group(first) if first is not None and first.blobs else 0
 
 
 def _group(layer: Layer) -> int:
@@ -75,7 +85,8 @@ def _transposed(layer: Layer) -> bool:
 def _own(layer: Layer) -> tuple[Array, Array]:
     """Weight (outputs first) and bias (zeros where there is none) of a layer."""
     weight = layer.blobs[0].array
-    weight = weight.reshape(weight.shape[-2:] if layer.type == "InnerProduct" else weight.shape[-4:])
+    if layer.type == "InnerProduct":
+        weight = weight.reshape(weight.shape[-2:])
     if _transposed(layer):
         weight = weight.T
     has_bias = len(layer.blobs) > 1
@@ -83,42 +94,48 @@ def _own(layer: Layer) -> tuple[Array, Array]:
     return weight, bias
 
 
-def _dc(weight: Array, below: Array | None, group: int) -> Array | None:
-    """A layer's response to constant images, as a matrix over the merge's input channels."""
-    if group > 1 or weight.ndim != 4:
-        return None
-    taps: Array = weight.sum(axis=(2, 3))
-    return taps if below is None else taps @ below
+def _taps(weight: Array) -> Array:
+    """A kernel's response to a constant image: outputs x inputs."""
+    taps: Array = weight.reshape(*weight.shape[:2], -1).sum(axis=2)
+    return taps
 
 
-def _fillers(layer: Layer) -> caffe_pb2.FillerParameter:
-    p = layer.param.convolution_param if layer.type == "Convolution" else layer.param.inner_product_param
-    return p.bias_filler
+def _through(weight: Array, bias: Array, group: int, source: _Blob) -> _Blob:
+    """The blob that a layer makes of ``source``."""
+    if group > 1 or not source.known:
+        return _Blob(len(weight), known=False)
+    taps = _taps(weight)
+    if source.matrix is None or source.shift is None:
+        return _Blob(len(weight), matrix=taps, shift=bias)
+    return _Blob(len(weight), matrix=taps @ source.matrix, shift=bias + taps @ source.shift)
 
 
 def _xavier(layer: Layer, spec: Spec, source: _Blob, seed: int) -> tuple[Array, Array]:
     """The paper's start: a xavier weight, the bias from the layer's own filler."""
     shape = _shape(layer, spec, source)
     random = generator(seed, spec.name)
-    return fill(XAVIER, shape, random), fill(_fillers(layer), shape[:1], random)
+    return fill(XAVIER, shape, random), fill(_bias_filler(layer), shape[:1], random)
 
 
 def _shape(layer: Layer, spec: Spec, source: _Blob) -> tuple[int, ...]:
     """The shape of the reborn layer's weight."""
     weight, _ = _own(layer)
     n = spec.num_output or len(weight)
-    inputs = weight.shape[1] if source.channels is None else source.channels // _group(layer)
-    return (n, inputs, *(spec.kernel or ())) if weight.ndim == 4 else (n, weight.shape[1])
+    channels = source.channels if layer.type == "Convolution" else 0
+    inputs = (channels or weight.shape[1] * _group(layer)) // (spec.group or _group(layer))
+    return n, inputs, *(spec.kernel or weight.shape[2:])
+
+
+def _bias_filler(layer: Layer) -> caffe_pb2.FillerParameter:
+    p = layer.param.convolution_param if layer.type == "Convolution" else layer.param.inner_product_param
+    return p.bias_filler
 
 
 def _inherit(
-    net: Net, merge: Merge, spec: Spec, source: _Blob, seed: int
+    net: Net, merge: Merge, spec: Spec, source: _Blob, start: _Blob, seed: int
 ) -> tuple[Array, Array, Array | None]:
     """Weight, bias and, of a shrunk reducer, the channels that stayed."""
     layer = net.layer(spec.like)
-    weight, bias = _own(layer)
-    if weight.ndim != 4:
-        return weight.copy(), bias.copy(), None
     shape = _shape(layer, spec, source)
     n, inputs, *size = shape
     chosen: Array | None = None
@@ -126,16 +143,16 @@ def _inherit(
     pieces: list[tuple[slice, Array, Array]] = []
     for rows in spec.rows:
         if rows.layer == spec.like:
-            own, own_bias = weight, bias
+            own, own_bias = _own(layer)
             if source.chosen is not None:
                 own = own[:, source.chosen]
             if len(spec.rows) == 1 and n < len(own):
                 chosen = _strongest(net, merge, spec, own, n)
                 own, own_bias = own[chosen], own_bias[chosen]
         else:
-            found = _branch(net, merge, rows.layer, source)
+            found = _branch(net, merge, rows.layer, source, start)
             if found is None:  # nothing to inherit from: the filler's values stay
-                at += _width(net, rows.layer)
+                at += start.channels if rows.layer == IN else _num_output(net.layer(rows.layer))
                 continue
             own, own_bias = found
         own, own_bias = own[: n - at], own_bias[: n - at]
@@ -151,12 +168,14 @@ def _inherit(
     return new_weight, new_bias, chosen
 
 
-def _width(net: Net, name: str) -> int:
-    return 0 if name == IN else int(net.layer(name).param.convolution_param.num_output)
+def _num_output(layer: Layer) -> int:
+    return int(layer.param.convolution_param.num_output)
 
 
 def _placed(kernel: Array, rows: Rows, size: Sequence[int]) -> Array:
     """``kernel`` in a larger (or, by hand, smaller) one, zero around it."""
+    if kernel.shape[2:] == tuple(size):
+        return kernel
     out = np.zeros((*kernel.shape[:2], *size), np.float32)
     cut = []
     for axis in (0, 1):
@@ -172,26 +191,30 @@ def _placed(kernel: Array, rows: Rows, size: Sequence[int]) -> Array:
 def _strongest(net: Net, merge: Merge, spec: Spec, weight: Array, n: int) -> Array:
     """The n output channels with the largest |weights in| x |weights out|, in order."""
     strength = np.linalg.norm(weight.reshape(len(weight), -1), axis=1)
-    reader = _reader(merge.becomes, spec)
-    feeds = net.layer(reader.like).blobs if reader is not None else []
-    if feeds and feeds[0].array.ndim == 4 and feeds[0].shape[1] == len(weight):
-        strength = strength * np.linalg.norm(
-            feeds[0].array.transpose(1, 0, 2, 3).reshape(len(weight), -1), axis=1
-        )
+    reader = _reader(net, merge, spec)
+    feeds = _own(reader)[0] if reader is not None and reader.blobs else None
+    if feeds is not None and feeds.shape[1] == len(weight):
+        strength = strength * np.linalg.norm(feeds.swapaxes(0, 1).reshape(len(weight), -1), axis=1)
     return np.sort(np.argsort(-strength, kind="stable")[:n])
 
 
-def _reader(specs: Iterable[Spec], spec: Spec) -> Spec | None:
-    """The next convolution of the branch."""
-    return next((s for s in specs if s.bottom[0] == spec.top[0] and s.num_output is not None), None)
+def _reader(net: Net, merge: Merge, spec: Spec) -> Layer | None:
+    """The original of the next layer with weights in the branch."""
+    blob = spec.top[0]
+    for behind in merge.becomes[merge.becomes.index(spec) + 1 :]:
+        if behind.bottom[0] == blob:
+            if net.layer(behind.like).type in TENSOR:
+                return net.layer(behind.like)
+            blob = behind.top[0]
+    return None
 
 
-def _branch(net: Net, merge: Merge, name: str, source: _Blob) -> tuple[Array, Array] | None:
+def _branch(net: Net, merge: Merge, name: str, source: _Blob, start: _Blob) -> tuple[Array, Array] | None:
     """An absorbed branch's kernel over the absorber's input (outputs x source channels x kh x kw)."""
+    if not source.known or not start.channels:
+        return None
     if name == IN:
-        if source.matrix is None:
-            return None
-        weight = np.eye(source.matrix.shape[1], dtype=np.float32)[:, :, None, None]
+        weight = np.eye(start.channels, dtype=np.float32)[:, :, None, None]
         bias = np.zeros(len(weight), np.float32)
     else:
         chain = _upwards(net, merge, name)
@@ -200,11 +223,11 @@ def _branch(net: Net, merge: Merge, name: str, source: _Blob) -> tuple[Array, Ar
         weight, bias = _own(chain[0])
         for below in chain[1:]:
             inner, inner_bias = _own(below)
-            taps = weight.sum(axis=(2, 3))
-            bias = bias + taps @ inner_bias
-            weight = _over(weight, inner.sum(axis=(2, 3)))
-    if source.matrix is not None:
+            bias = bias + _taps(weight) @ inner_bias
+            weight = _over(weight, _taps(inner))
+    if source.matrix is not None and source.shift is not None:
         weight = _over(weight, np.linalg.pinv(source.matrix, rcond=DEAD))
+        bias = bias - _taps(weight) @ source.shift
     return weight.astype(np.float32), bias.astype(np.float32)
 
 

@@ -2,17 +2,19 @@
 
 exact      fold_batchnorm    conv -> BatchNorm -> Scale     =>  conv
            drop_dropout      x -> Dropout (deploy)          =>  x
-retrained  merge_streamline  conv -> pool / LRN / BN ...    =>  conv of a larger stride
-           merge_branches    fork -> conv chains -> Concat  =>  fewer, wider branches
+retrained  merge_branches    fork -> conv chains -> Concat  =>  fewer, wider branches
+           merge_streamline  conv -> pool / LRN / BN ...    =>  conv of a larger stride
 
 A rule looks at a net and returns data: merges and refusals. It never edits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..merge import Merge, Refusal
+from ..net import Layer
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,20 @@ class Options:
 
 @dataclass
 class Findings:
-    """What rules found in a net."""
+    """What rules found in a net; each adds to what those before it found."""
 
     merges: list[Merge] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    taken: set[Layer] = field(default_factory=set)  # layers of a merge, not to be merged again
+    ids: set[str] = field(default_factory=set)
+
+    def refuse(self, reason: str, layers: Iterable[Layer]) -> None:
+        """Note why these layers are not merged."""
+        self.refused.append(Refusal(tuple(layer.name for layer in layers), reason))
+
+    def id(self, *wanted: str) -> str:
+        """The first of these ids that no merge has, for one that is about to be made."""
+        numbered = (f"{wanted[-1]}:{i}" for i in range(2, len(self.ids) + 3))
+        new = next(id_ for id_ in (*wanted, *numbered) if id_ not in self.ids)
+        self.ids.add(new)
+        return new

@@ -10,23 +10,20 @@ makes both 0, as in Caffe). ``init/fold.py`` does the arithmetic.
 
 from __future__ import annotations
 
-from ..merge import IN, OUT, Merge, Refusal, Rows, Spec
+from ..merge import IN, OUT, TENSOR, Merge, Rows, Spec
 from ..net import Layer
 from . import Findings
-from .match import FOLDED, TENSOR, Matcher
+from .match import FOLDED, Matcher
 
 
-def propose(m: Matcher) -> Findings:
+def propose(m: Matcher, found: Findings) -> None:
     """Every BatchNorm and Scale right behind a Convolution or InnerProduct."""
-    found = Findings()
-    names: set[str] = set()
-    for layer in m.graph.net.layers:
+    for layer in m.net.layers:
         if layer.type in TENSOR:
-            _behind(m, layer, names, found)
-    return found
+            _behind(m, layer, found)
 
 
-def _behind(m: Matcher, layer: Layer, names: set[str], found: Findings) -> None:
+def _behind(m: Matcher, layer: Layer, found: Findings) -> None:
     chain: list[Layer] = []
     at = layer
     while True:
@@ -35,30 +32,25 @@ def _behind(m: Matcher, layer: Layer, names: set[str], found: Findings) -> None:
             break
         reason = _refused(m, at, candidates[0])
         if reason is not None:
-            found.refused.append(Refusal((layer.name, candidates[0].name), reason))
+            found.refuse(reason, [layer, candidates[0]])
             break
         at = candidates[0]
         chain.append(at)
     if not chain:
         return
-    group = (layer.name, *(x.name for x in chain))
     reason = m.untouchable(layer)
-    if reason is None:
-        reason = _axis(m, layer)
     if reason is not None:
-        found.refused.append(Refusal(group, reason))
+        found.refuse(reason, [layer, *chain])
         return
-    spec = Spec(m.fresh(layer.name, FOLDED, names), layer.name, (IN,), (OUT,), rows=(Rows(layer.name),))
-    found.merges.append(Merge(f"fold:{layer.name}", "fold", "", group, (spec,)))
+    spec = Spec(m.fresh(layer, FOLDED), layer.name, (IN,), (OUT,), rows=(Rows(layer.name),))
+    group = tuple(x.name for x in (layer, *chain))
+    found.merges.append(Merge(found.id(f"fold:{layer.name}"), "fold", "", group, (spec,)))
 
 
 def _refused(m: Matcher, at: Layer, following: Layer) -> str | None:
     """Why ``following`` cannot be folded into the chain that ends in ``at``."""
     if m.only_reader(at) is not following:
-        if len(m.readers(at)) > 1:
-            other = next(r for r in m.readers(at) if r is not following)
-            return f"blob '{at.top[0]}' has a second reader, '{other.name}'"
-        return f"'{at.name}' and '{following.name}' are not in the same phases"
+        return m.why_not_only(at, following)
     if not m.simple(following):
         return f"'{following.name}' has several bottoms or tops, or a name that is not its own"
     shared = next((name for name in following.shared_params() if m.shared[name] > 1), None)
@@ -70,12 +62,3 @@ def _refused(m: Matcher, at: Layer, following: Layer) -> str | None:
     if following.type == "Scale" and (scale.axis, scale.num_axes) != (1, 1):
         return f"'{following.name}' does not scale by channel"
     return None
-
-
-def _axis(m: Matcher, layer: Layer) -> str | None:
-    shape = m.shapes.get((layer, 0))
-    if layer.type == "InnerProduct" and layer.param.inner_product_param.axis != 1:
-        return f"'{layer.name}' has its outputs on another axis than the channels"
-    if layer.type == "Convolution" and layer.param.convolution_param.axis != 1:
-        return f"'{layer.name}' has its outputs on another axis than the channels"
-    return None if shape is None or len(shape) > 1 else f"'{layer.name}' has no channels"

@@ -1,4 +1,4 @@
-"""Windows over one spatial axis: composing a pool onto a convolution, and choosing the reborn kernel.
+"""Windows over pixels: composing pools and a convolution, and choosing the reborn kernel.
 
 A window of ``size`` pixels moves by ``stride`` and starts at ``-pad``: output i sees the input pixels
 [stride*i - pad, stride*i - pad + size). Its centre is stride*i + (size - 1)/2 - pad.
@@ -6,10 +6,15 @@ A window of ``size`` pixels moves by ``stride`` and starts at ``-pad``: output i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from math import floor
 
+from ..params import Conv
 from ..shapes import conv_size
+
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,22 @@ class Window:
     def covers(self, other: Window) -> bool:
         """Whether this window holds ``other``'s at every output (equal strides)."""
         return self.pad >= other.pad and self.size - self.pad >= other.size - other.pad
+
+
+PIXEL = Window(1, 1, 0)
+Windows = tuple[Window, Window]  # over height and width
+
+
+def conv_windows(conv: Conv) -> Windows:
+    """A (2-D) convolution's windows."""
+    height, width = (Window(*axis) for axis in zip(conv.extent, conv.stride, conv.pad, strict=True))
+    return height, width
+
+
+def compose(windows: Iterable[Windows]) -> Windows:
+    """What the last of a chain sees of the first one's input."""
+    height, width = zip((PIXEL, PIXEL), *windows, strict=True)
+    return reduce(Window.then, height), reduce(Window.then, width)
 
 
 @dataclass(frozen=True)
@@ -81,3 +102,68 @@ def choose(
             kernels, lambda _: True
         )
     return fitting(kernels, lambda w: w.covers(whole))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A reborn convolution's kernel, and where its group's windows are centred."""
+
+    kernel: Pair
+    stride: Pair
+    pad: Pair
+    dilation: Pair
+    as_it_was: bool  # only the stride changed
+    centre: tuple[float, float]  # of the whole group at output 0, in input pixels
+
+    def place(self, kernel: Pair, centre: tuple[float, float] | None = None) -> Pair | None:
+        """The corner at which a ``kernel`` looks where its source did (``centre``; the group's by default).
+
+        None where that is simply in the middle.
+        """
+        corners, middles = [], []
+        for axis, target in enumerate(centre or self.centre):
+            room = self.kernel[axis] - kernel[axis]
+            corner = (target + self.pad[axis]) / self.dilation[axis] - (kernel[axis] - 1) / 2
+            corners.append(min(max(floor(corner + 0.5), 0), max(room, 0)))
+            middles.append(room // 2)
+        return None if corners == middles else (corners[0], corners[1])
+
+
+def take_in(
+    mode: str,
+    conv: Conv,
+    before: Sequence[Windows],
+    behind: Sequence[Windows],
+    sizes: tuple[int, ...],
+    outs: tuple[int, ...],
+) -> Geometry | str:
+    """The geometry of ``conv`` with the pools before and behind it folded into its stride.
+
+    ``sizes`` and ``outs`` are the group's input and output. A reason where no kernel gives these outputs.
+    """
+    own, wholes = conv_windows(conv), compose([*before, conv_windows(conv), *behind])
+    picks: list[Choice] = []
+    for axis, whole in enumerate(wholes):
+        pick = choose(
+            mode, own[axis], whole, conv.kernel[axis], conv.dilation[axis], sizes[axis], outs[axis]
+        )  # fmt: skip
+        if pick is None:
+            return f"no kernel of stride {whole.stride} gives the {outs[axis]} outputs needed"
+        picks.append(pick)
+    return Geometry(
+        (picks[0].kernel, picks[1].kernel),
+        (wholes[0].stride, wholes[1].stride),
+        (picks[0].pad, picks[1].pad),
+        (conv.dilation[0], conv.dilation[1]),
+        all(pick.as_it_was for pick in picks),
+        (wholes[0].centre, wholes[1].centre),
+    )
+
+
+def text(kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]) -> str:
+    """``7x7/4 pad 3``; both strides or pads where they differ."""
+
+    def short(values: Sequence[int]) -> str:
+        return "x".join(map(str, values[:1] if len(set(values)) == 1 else values))
+
+    return f"{'x'.join(map(str, kernel))}/{short(stride)} pad {short(pad)}"

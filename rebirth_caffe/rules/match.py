@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .. import params
-from ..net import TEST, Graph, Layer, Net
+from ..merge import TENSOR
+from ..net import TEST, TRAIN, Graph, Layer, Net, Value, View
 from ..shapes import LOSSES, MaybeShape, infer
 
-TENSOR = ("Convolution", "InnerProduct")
 WEIGHTED = (*TENSOR, "Deconvolution", "Embed", "LSTM", "RNN")
 ACTIVATION = ("ReLU", "PReLU", "ELU", "Sigmoid", "TanH")
 NORMALISING = ("LRN", "BatchNorm", "Scale")
@@ -24,6 +26,8 @@ class Matcher:
         self.net = net
         self.graph: Graph = net.graph
         self.names = Counter(layer.name for layer in net.layers)
+        self.known = {*self.names, *net.header.input, *(top for layer in net.layers for top in layer.top)}
+        self.reborn: dict[tuple[str, str], str] = {}
         self.shared = Counter(name for layer in net.layers for name in set(layer.shared_params()))
         self.classifiers = _classifiers(self.graph)
         self.shapes: dict[tuple[Layer, int], MaybeShape] = {}
@@ -37,15 +41,19 @@ class Matcher:
                     self.input_shapes[layer, i] = shapes[value]
         self.deployed = _deployed(self.graph)
 
-    def fresh(self, base: str, suffix: str, taken: set[str]) -> str:
-        """A layer name for something made of ``base``: one that no weights file knows."""
-        for old in (REBIRTH, FOLDED):
-            base = base.removesuffix(old)
-        name, i = base + suffix, 2
-        while name in self.names or name in taken:
-            name, i = f"{base}{suffix}{i}", i + 1
-        taken.add(name)
-        return name
+    def fresh(self, layer: Layer, suffix: str) -> str:
+        """A name for what ``layer`` becomes, as a layer and as a blob: one that no weights file knows.
+
+        A layer becomes one thing at most, so asking again gives the same name.
+        """
+        if (layer.name, suffix) not in self.reborn:
+            base = re.sub(rf"({REBIRTH}|{FOLDED})\d*$", "", layer.name)
+            name, i = base + suffix, 2
+            while name in self.known:
+                name, i = f"{base}{suffix}{i}", i + 1
+            self.reborn[layer.name, suffix] = name
+            self.known.add(name)
+        return self.reborn[layer.name, suffix]
 
     def untouchable(self, layer: Layer) -> str | None:
         """Why no rule may rewrite this layer's weights, or None."""
@@ -60,18 +68,32 @@ class Matcher:
             return f"'{layer.name}' shares its weights under the name '{shared}'"
         if layer in self.classifiers:
             return f"'{layer.name}' is the last classifier"
+        own = layer.param
+        if (own.convolution_param if layer.type == "Convolution" else own.inner_product_param).axis != 1:
+            return f"'{layer.name}' has its outputs on another axis than the channels"
         return None
 
     def readers(self, layer: Layer) -> list[Layer]:
         """Who reads the layer's first top in any phase."""
-        return [reader for reader, _ in self.graph.readers(layer)]
+        return list(dict.fromkeys(reader for reader, _ in self.graph.readers(layer)))
 
     def only_reader(self, layer: Layer) -> Layer | None:
-        """The one layer that reads the only top of ``layer``, in the same phases, or None."""
-        readers = self.readers(layer)
-        if len(readers) == 1 and len(layer.top) == 1 and self.graph.same_views(layer, readers[0]):
-            return readers[0]
+        """The one layer that reads the only top of ``layer``, once and in the same phases, or None."""
+        readers = self.graph.readers(layer)
+        if len(readers) == 1 and len(layer.top) == 1 and self.graph.same_views(layer, readers[0][0]):
+            return readers[0][0]
         return None
+
+    def why_not_only(self, layer: Layer, reader: Layer) -> str:
+        """Why ``reader``, which reads the first top of ``layer``, is not its ``only_reader``."""
+        others = [r for r in self.readers(layer) if r is not reader]
+        if others:
+            return f"blob '{layer.top[0]}' has a second reader, '{others[0].name}'"
+        if len(layer.top) > 1:
+            return f"'{layer.name}' has several bottoms or tops"
+        if len(self.graph.readers(layer)) > 1:
+            return f"'{reader.name}' reads '{layer.top[0]}' twice"
+        return f"'{layer.name}' and '{reader.name}' are not in the same phases"
 
     def simple(self, layer: Layer) -> bool:
         """One bottom, one top, a name of its own."""
@@ -82,25 +104,15 @@ class Matcher:
             and self.names[layer.name] == 1
         )
 
-    def second_reader(self, layer: Layer) -> str:
-        """``blob 'x' has a second reader, 'y'``."""
-        others = [r.name for r in self.readers(layer) if r.type not in ABSORBED] or [
-            r.name for r in self.readers(layer)[1:]
-        ]
-        return f"blob '{layer.top[0]}' has a second reader, '{others[0]}'"
-
     def is_global(self, layer: Layer) -> bool:
-        """Whether a Pooling takes in its whole input."""
+        """Whether a Pooling makes one pixel of its whole input, and more than one of that."""
         pool = params.pool(layer.param)
-        shape = self.input_shapes.get((layer, 0))
         if pool.kernel is None:
             return True
-        return (
-            shape is not None
-            and self.shapes[layer, 0] is not None
-            and shape[2:] != (1, 1)
-            and all(k >= size for k, size in zip(pool.kernel, shape[2:], strict=True))
-        )
+        before, after = self.input_shapes.get((layer, 0)), self.shapes.get((layer, 0))
+        if before is None or after is None or after[2:] != (1, 1) or before[2:] == (1, 1):
+            return False
+        return all(k - p >= size for k, p, size in zip(pool.kernel, pool.pad, before[2:], strict=True))
 
 
 @dataclass
@@ -124,7 +136,7 @@ class Chain:
         return [layer for layer in self.layers if layer.type in ACTIVATION]
 
 
-def follow(m: Matcher, start: Layer, activations: tuple[Layer, ...] = ()) -> Chain:
+def follow(m: Matcher, start: Layer, activations: Iterable[Layer] = ()) -> Chain:
     """The chain of poolings, normalisations and activations behind ``start``.
 
     It ends before a second activation that the first does not make idle (``activations`` are those already
@@ -139,14 +151,14 @@ def follow(m: Matcher, start: Layer, activations: tuple[Layer, ...] = ()) -> Cha
         if following is None:
             looked = [r for r in m.readers(at) if r.type in ABSORBED and r in m.deployed]
             if looked:
-                chain.refusal, chain.beyond = _why_not_only(m, at), (looked[0],)
+                chain.refusal, chain.beyond = m.why_not_only(at, looked[0]), (looked[0],)
             break
         if following.type in ACTIVATION and m.simple(following):
-            if met and not _same_function(met[0], following):
+            if met and not all(map(plain_relu, [*met, following])):
                 break
             met.append(following)
         elif following.type in ABSORBED:
-            reason = _unabsorbable(m, following)
+            reason = unabsorbable(m, following)
             if reason is not None:
                 chain.refusal, chain.beyond = reason, (following,)
                 break
@@ -160,13 +172,8 @@ def follow(m: Matcher, start: Layer, activations: tuple[Layer, ...] = ()) -> Cha
     return chain
 
 
-def _why_not_only(m: Matcher, at: Layer) -> str:
-    if len(m.readers(at)) > 1:
-        return m.second_reader(at)
-    return f"'{at.name}' and what follows it are not in the same phases"
-
-
-def _unabsorbable(m: Matcher, layer: Layer) -> str | None:
+def unabsorbable(m: Matcher, layer: Layer) -> str | None:
+    """Why a layer without weights worth the name cannot go, or None."""
     if not m.simple(layer):
         return f"'{layer.name}' has several bottoms or tops, or a name that is not its own"
     if layer.type == "Pooling":
@@ -177,9 +184,9 @@ def _unabsorbable(m: Matcher, layer: Layer) -> str | None:
     return None
 
 
-def _same_function(a: Layer, b: Layer) -> bool:
-    """Whether two activations do what one of them does: plain ReLUs."""
-    return all(x.type == "ReLU" and x.param.relu_param.negative_slope == 0 for x in (a, b))
+def plain_relu(layer: Layer) -> bool:
+    """Whether an activation may be repeated at no effect."""
+    return layer.type == "ReLU" and layer.param.relu_param.negative_slope == 0
 
 
 def _classifiers(graph: Graph) -> set[Layer]:
@@ -202,25 +209,40 @@ def _classifiers(graph: Graph) -> set[Layer]:
 
 def _deployed(graph: Graph) -> set[Layer]:
     """Layers that feed the main output: all of a deploy net, not the auxiliary heads of a train_val."""
-    view = graph.view(TEST)
-    head = main_loss(graph)
+    head, view, scores = main_output(graph)
     if head is None:
         return set(view.layers)
-    roots = [v.producer for v in view.bottoms.get(head, []) if v.producer is not None]
-    seen: set[Layer] = set()
-    while roots:
-        layer = roots.pop()
-        if layer not in seen:
-            seen.add(layer)
-            roots += [v.producer for v in view.bottoms[layer] if v.producer is not None]
-    return seen
+    return feeding(view, scores)
 
 
-def main_loss(graph: Graph) -> Layer | None:
-    """The loss layer with the largest weight, the last of equals; None in a net without one."""
-    losses = [layer for layer in graph.view(TEST).layers if layer.type in LOSSES]
-    best = max((_loss_weight(layer) for layer in losses), default=0.0)
-    return next((layer for layer in reversed(losses) if _loss_weight(layer) == best), None)
+def feeding(view: View, values: Iterable[Value]) -> set[Layer]:
+    """The layers that these values depend on."""
+    todo = [value.producer for value in values]
+    found: set[Layer] = set()
+    while todo:
+        layer = todo.pop()
+        if layer is not None and layer not in found:
+            found.add(layer)
+            todo += [value.producer for value in view.bottoms[layer]]
+    return found
+
+
+def main_output(graph: Graph) -> tuple[Layer | None, View, list[Value]]:
+    """What a net is for: its main loss (in a net that has none, its last accuracy), and the scores it reads.
+
+    The main loss is the one with the largest weight, the last of equals. None and all outputs in a net
+    without either. The view is that of TEST wherever the scores exist there.
+    """
+    test = graph.view(TEST)
+    for kinds in (LOSSES, ("Accuracy",)):
+        for view in (test, graph.view(TRAIN)):
+            heads = [layer for layer in view.layers if layer.type in kinds and layer.bottom]
+            if heads:
+                head = max(reversed(heads), key=_loss_weight)
+                score = view.bottoms[head][0]
+                in_test = test.tops.get(score.producer, []) if score.producer else []
+                return head, *((test, [in_test[score.index]]) if in_test else (view, [score]))
+    return None, test, test.outputs
 
 
 def _loss_weight(layer: Layer) -> float:

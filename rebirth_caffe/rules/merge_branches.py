@@ -16,13 +16,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from .. import params
-from ..merge import IN, OUT, Merge, Refusal, Rows, Spec
+from ..merge import IN, OUT, Merge, Rows, Spec
 from ..net import Layer
+from ..shapes import MaybeShape
 from . import Findings, Options
-from .match import ACTIVATION, NORMALISING, REBIRTH, Chain, Matcher, follow
-from .merge_streamline import conv_spec, pool_windows
+from .geometry import Geometry, Windows, compose, conv_windows, take_in
+from .match import ACTIVATION, NORMALISING, REBIRTH, Chain, Matcher, follow, plain_relu, unabsorbable
+from .merge_streamline import pool_windows, reborn_spec
 
 # A merge that costs more than this many times the multiply-adds it replaces is offered, not made.
 WORTH = 1.5
@@ -30,12 +33,11 @@ WORTH = 1.5
 RUN = 3
 
 
-@dataclass
+@dataclass(eq=False)
 class Branch:
     """A chain of layers from the fork to the Concat, and the branches it takes in."""
 
     layers: list[Layer]
-    window: int  # input pixels one output sees, along the larger axis
     channels: int
     before: list[Branch] = field(default_factory=list)  # absorbed, in Concat order
     after: list[Branch] = field(default_factory=list)
@@ -49,78 +51,97 @@ class Branch:
         return any(layer.type == "Pooling" for layer in self.layers)
 
     @property
-    def kernel(self) -> int:
-        """The largest side of the last convolution's kernel; 0 in a branch without one."""
-        return max(params.conv(self.convs[-1].param).extent) if self.convs else 0
+    def absorbed(self) -> list[Branch]:
+        return [*self.before, *self.after]
 
     @property
-    def activation(self) -> Layer | None:
+    def kernel(self) -> tuple[int, ...]:
+        """What the last convolution's kernel spans; nothing in a branch without one."""
+        return params.conv(self.convs[-1].param).extent if self.convs else (0, 0)
+
+    @property
+    def windows(self) -> Windows:
+        """What one output sees of the fork."""
+        return _windows(self.layers)
+
+    @property
+    def activations(self) -> list[Layer]:
         """What the branch ends with, behind its last convolution or pool."""
-        return self.layers[-1] if self.layers and self.layers[-1].type in ACTIVATION else None
+        behind = reversed([layer for layer in self.layers if layer.type not in NORMALISING])
+        return list(takewhile(lambda layer: layer.type in ACTIVATION, behind))
+
+    @property
+    def ends_in_convolution(self) -> bool:
+        """Whether nothing but activations and normalisations follows the last convolution."""
+        return bool(self.convs) and not _pools(self.layers[self.layers.index(self.convs[-1]) :])
 
     @property
     def name(self) -> str:
         return self.convs[-1].name if self.convs else self.layers[-1].name if self.layers else "the input"
 
 
-def propose(m: Matcher, options: Options, taken: set[Layer]) -> Findings:
+def _pools(layers: list[Layer]) -> list[Layer]:
+    return [layer for layer in layers if layer.type == "Pooling"]
+
+
+def _windows(layers: list[Layer]) -> Windows:
+    """What the last of a chain sees of the first one's input; global pools left out."""
+    windows = []
+    for layer in layers:
+        if layer.type == "Convolution":
+            windows.append(conv_windows(params.conv(layer.param)))
+        elif layer.type == "Pooling" and params.pool(layer.param).kernel is not None:
+            windows.append(pool_windows(layer))
+    return compose(windows)
+
+
+def propose(m: Matcher, options: Options, found: Findings) -> None:
     """A merge for every Concat of convolution chains that start from one blob."""
-    found = Findings()
-    names: set[str] = set()
     blocks: list[tuple[Layer, Merge]] = []
-    for concat in m.graph.net.layers:
+    for concat in m.net.layers:
         if concat.type == "Concat" and concat in m.deployed:
-            _block(m, concat, options, taken, names, found, blocks)
+            merge = _merge_at(m, concat, options, found)
+            if merge is not None:
+                blocks.append((concat, merge))
     _name_stages(m, blocks, found)
-    return found
 
 
-def _block(
-    m: Matcher,
-    concat: Layer,
-    options: Options,
-    taken: set[Layer],
-    names: set[str],
-    found: Findings,
-    blocks: list[tuple[Layer, Merge]],
-) -> None:
+def _merge_at(m: Matcher, concat: Layer, options: Options, found: Findings) -> Merge | None:
+    """The merge of the block that a Concat closes."""
     branches = _branches(m, concat)
     if isinstance(branches, str):
-        found.refused.append(Refusal((concat.name,), branches))
-        return
+        found.refuse(branches, [concat])
+        return None
     if not any(branch.convs for branch in branches):
-        return
-    tail = follow(m, concat, tuple(b.activation for b in branches if b.activation is not None))
-    if tail.refusal is not None and tail.beyond[0].type == "Pooling":
-        found.refused.append(Refusal((concat.name, *(x.name for x in tail.beyond)), tail.refusal))
+        return None
+    tail = follow(m, concat, [layer for branch in branches for layer in branch.activations])
+    if tail.refusal is not None:
+        found.refuse(tail.refusal, [concat, *tail.beyond])
     heads = list(branches)
-    refused = _absorb(heads)
+    refused = _absorb(m, heads)
     for branch, why in refused:
-        found.refused.append(Refusal(tuple(x.name for x in branch.layers) or (concat.name,), why))
+        found.refuse(why, branch.layers or [concat])
     if len(heads) == len(branches) and not tail.layers:
         if not refused:
-            found.refused.append(
-                Refusal((concat.name,), "no branch is small enough for another to take it in")
-            )
-        return
+            found.refuse("no branch is small enough for another to take it in", [concat])
+        return None
     everything = [layer for branch in branches for layer in branch.layers]
-    reason = _untouchable(m, concat, branches, heads, bool(tail.layers))
-    if reason is None and any(layer in taken for layer in (*everything, *tail.layers)):
+    reason = _untouchable(m, branches, heads, bool(tail.layers))
+    if reason is None and not found.taken.isdisjoint([*everything, *tail.layers]):
         reason = "another merge has taken its layers"
     if reason is not None:
-        found.refused.append(Refusal(tuple(x.name for x in everything if x.type == "Convolution"), reason))
-        return
-    merge = _merge(m, concat, branches, heads, tail, options, names)
-    if isinstance(merge, str) and tail.pools:  # the block without its pool
-        found.refused.append(Refusal((concat.name, *(x.name for x in tail.pools)), merge))
-        tail = Chain()
-        merge = _merge(m, concat, branches, heads, tail, options, names) if len(heads) < len(branches) else ""
+        found.refuse(reason, [x for x in everything if x.type == "Convolution"])
+        return None
+    merge = _Block(m, options, concat, branches, heads, tail).merge()
     if isinstance(merge, str):
-        if merge:
-            found.refused.append(Refusal((concat.name,), merge))
-        return
-    taken.update([concat, *everything, *tail.layers])
-    blocks.append((concat, merge))
+        found.refuse(merge, [concat, *tail.layers])
+        if len(heads) == len(branches):
+            return None
+        tail = Chain()  # the block without what follows it
+        merge = _Block(m, options, concat, branches, heads, tail).merge()
+    assert not isinstance(merge, str)  # a branch that keeps its sizes always fits
+    found.taken.update([concat, *everything, *tail.layers])
+    return merge
 
 
 def _branches(m: Matcher, concat: Layer) -> list[Branch] | str:
@@ -148,14 +169,10 @@ def _branches(m: Matcher, concat: Layer) -> list[Branch] | str:
         shape = m.input_shapes.get((concat, i))
         if shape is None or len(shape) != 4:
             return f"the size of '{concat.bottom[i]}' is not known, or not 2-D"
-        branches.append(Branch(layers, _window(m, layers), shape[1]))
-    if any(fork != forks[0] for fork in forks):
-        if not any(branch.convs for branch in branches):
-            return branches
+        branches.append(Branch(layers, shape[1]))
+    if any(fork != forks[0] for fork in forks) and any(branch.convs for branch in branches):
         names = sorted({fork.name if fork is not None else "the input" for fork, _ in forks})
         return f"its branches start from different layers: {', '.join(names[:4])}"
-    if not branches:
-        return "it has no bottoms"
     return branches
 
 
@@ -169,233 +186,268 @@ def _top_index(layer: Layer | None, name: str) -> int | str:
     return name if layer is None else layer.top.index(name)
 
 
-def _window(m: Matcher, layers: list[Layer]) -> int:
-    size, step = 1, 1
-    for layer in layers:
-        if layer.type == "Convolution":
-            conv = params.conv(layer.param)
-            extent, stride = max(conv.extent), max(conv.stride)
-        elif layer.type == "Pooling" and not m.is_global(layer):
-            windows = pool_windows(m, layer)
-            extent, stride = max(w.size for w in windows), max(w.stride for w in windows)
-        else:
-            continue
-        size += (extent - 1) * step
-        step *= stride
-    return size
+# ---- which branch goes into which -------------------------------------------------------------------------
 
 
-def _absorb(heads: list[Branch]) -> list[tuple[Branch, str]]:
-    """Steps 1 and 2: pool and 1x1 branches move into a neighbour; ``heads`` keeps those that remain."""
-    refused = []
-    pooled = [b for b in heads if b.pooled]
-    small = [b for b in heads if not b.pooled and b.convs and b.window == 1]
-    movable = [*pooled, *small]
-    for branch in movable:
-        place = heads.index(branch)
-        neighbours = [heads[i] for i in (place - 1, place + 1) if 0 <= i < len(heads)]
-        hosts = [h for h in neighbours if h.convs and not h.pooled and h.kernel >= max(branch.window, 2)]
-        alike = [h for h in hosts if _same_end(branch, h)]
-        if not hosts:
-            refused.append(
-                (
-                    branch,
-                    f"no neighbour of '{branch.name}' in the Concat has a kernel of {branch.window} or more",
-                )
-            )
-        elif not alike:
-            refused.append((branch, f"'{branch.name}' and '{hosts[0].name}' end in different functions"))
-        else:
-            # A pool's window wants the largest kernel, a 1x1 the smallest that holds it.
-            host = (max if branch.pooled else min)(alike, key=lambda h: h.kernel)
-            if heads.index(host) > place:
-                host.before = [*branch.before, branch, *branch.after, *host.before]
+def _absorb(m: Matcher, heads: list[Branch]) -> list[tuple[Branch, str]]:
+    """Steps 1 and 2: pool and 1x1 branches move into a neighbour; ``heads`` keeps those that remain.
+
+    Again as long as one moves, because that makes new neighbours. Returns those that had to stay, and why.
+    """
+    while True:
+        pooled = [b for b in heads if b.pooled]
+        small = [b for b in heads if not b.pooled and b.convs and _size(b) == (1, 1)]
+        refused: list[tuple[Branch, str]] = []
+        for branch in (*pooled, *small):
+            host = _host(m, heads, branch)
+            if isinstance(host, str):
+                refused.append((branch, host))
+                continue
+            if heads.index(host) > heads.index(branch):
+                host.before.insert(0, branch)
             else:
-                host.after = [*host.after, *branch.before, branch, *branch.after]
+                host.after.append(branch)
             heads.remove(branch)
-    return refused
+            break
+        else:
+            return refused
+
+
+def _size(branch: Branch) -> tuple[int, int]:
+    height, width = branch.windows
+    return height.size, width.size
+
+
+def _host(m: Matcher, heads: list[Branch], branch: Branch) -> Branch | str:
+    """The neighbour that takes a branch in, or why none does."""
+    why = next((why for pool in _pools(branch.layers) if (why := unabsorbable(m, pool))), None)
+    if why is not None:
+        return why
+    place, size = heads.index(branch), _size(branch)
+    neighbours = [heads[i] for i in (place - 1, place + 1) if 0 <= i < len(heads)]
+    hosts = [
+        h
+        for h in neighbours
+        if h.convs
+        and not h.pooled
+        and max(h.kernel) > 1
+        and all(k >= s for k, s in zip(h.kernel, size, strict=True))
+    ]
+    alike = [h for h in hosts if _same_end(branch, h)]
+    free = [h for h in alike if params.conv(h.convs[-1].param).group == 1]
+    if not hosts:
+        least = size if max(size) > 1 else (2, 2)
+        return f"no neighbour of '{branch.name}' in the Concat has a kernel of {least[0]}x{least[1]} or more"
+    if not alike:
+        return f"'{branch.name}' and '{hosts[0].name}' end in different functions"
+    if not free:
+        return f"'{alike[0].name}' is grouped and cannot take in another branch's channels"
+    # A pool's window wants the largest kernel, a 1x1 the smallest that holds it.
+    return (max if branch.pooled else min)(free, key=lambda h: math.prod(h.kernel))
 
 
 def _same_end(branch: Branch, host: Branch) -> bool:
-    """Whether both end in the same function; a pool passed on as it is fits any."""
+    """Whether both end in the same function; a pool passed on as it is, in one that passes it on."""
     if not branch.convs:
-        return True
-    ends = [b.activation for b in (branch, host)]
-    if ends[0] is None or ends[1] is None:
-        return ends[0] is ends[1]
-    a, b = (end.param for end in ends if end is not None)
-    same_slope = a.relu_param.negative_slope == b.relu_param.negative_slope
-    return a.type == b.type and a.type != "PReLU" and same_slope and a.elu_param.alpha == b.elu_param.alpha
+        return all(layer.type in ("ReLU", "ELU") for layer in host.activations)
+    ends = [[_function(layer) for layer in b.activations] for b in (branch, host)]
+    return ends[0] == ends[1] and all(layer.type != "PReLU" for layer in host.activations)
 
 
-def _untouchable(
-    m: Matcher, concat: Layer, branches: list[Branch], heads: list[Branch], whole: bool
-) -> str | None:
+def _function(activation: Layer) -> tuple[str, float, float]:
+    p = activation.param
+    return p.type, p.relu_param.negative_slope, p.elu_param.alpha
+
+
+def _untouchable(m: Matcher, branches: list[Branch], heads: list[Branch], whole: bool) -> str | None:
     """Why the convolutions that would be rewritten must not be."""
     for branch in branches:
-        if branch not in heads or branch.before or branch.after or whole:
+        if branch not in heads or branch.absorbed or whole:
             for conv in branch.convs:
                 reason = m.untouchable(conv)
                 if reason is not None:
                     return reason
-        if (branch.before or branch.after) and params.conv(branch.convs[-1].param).group > 1:
-            return f"'{branch.convs[-1].name}' is grouped and cannot take in another branch's channels"
     return None
 
 
-def _merge(
-    m: Matcher,
-    concat: Layer,
-    branches: list[Branch],
-    heads: list[Branch],
-    tail: Chain,
-    options: Options,
-    names: set[str],
-) -> Merge | str:
-    """The block's merge with its tail's pools as strides, or why that cannot be."""
-    end = tail.layers[-1] if tail.layers else concat
-    specs: list[Spec] = []
-    as_it_was = True
-    joins = len(heads) > 1
-    tops: list[str] = []
-    new_names: set[str] = set()
-    for head in heads:
-        made = _head(m, head, branches, tail, end, options, names | new_names, joins)
-        if isinstance(made, str):
-            return made
-        specs += made[0]
-        tops.append(made[1])
-        as_it_was = as_it_was and made[2]
-        new_names.update(spec.name for spec in made[0] if not spec.kept)
-    if tail.pools and options.kernel == "keep" and not as_it_was:
-        return "a pool behind it would need another kernel or pad; ask for --kernel auto or cover"
-    names.update(new_names)
-    if joins:
-        specs.append(Spec(concat.name, concat.name, tuple(tops), (OUT,)))
-    specs += [Spec(x.name, x.name, (OUT,), (OUT,)) for x in tail.activations[:1] if _needed(x, heads)]
-    kept = {spec.name for spec in specs if spec.kept}
-    everything = [*(layer for branch in branches for layer in branch.layers), concat, *tail.layers]
-    ordered = [layer for layer in m.graph.net.layers if layer in set(everything)]
-    absorbs = tuple(layer.name for layer in ordered if layer.name not in kept)
-    ratio = _ratio(m, branches, specs, end)
-    enabled = ratio <= WORTH
-    note = "" if enabled else f"takes {ratio:.1f} times the multiply-adds: no reducer to shrink"
-    kind = "branches" if len(heads) < len(branches) else "streamline"
-    return Merge("", kind, "", absorbs, tuple(specs), enabled, "", note)
+# ---- the merge --------------------------------------------------------------------------------------------
 
 
-def _needed(activation: Layer, heads: list[Branch]) -> bool:
-    """Whether an activation behind the Concat does what not every branch does already."""
-    return not all(h.activation is not None for h in heads)
+@dataclass
+class _Block:
+    """A fork-join block whose branches know what they take in, on its way to a merge."""
 
+    m: Matcher
+    options: Options
+    concat: Layer
+    branches: list[Branch]
+    heads: list[Branch]  # the branches that remain
+    tail: Chain  # what follows the Concat and goes too
 
-def _head(
-    m: Matcher,
-    head: Branch,
-    branches: list[Branch],
-    tail: Chain,
-    end: Layer,
-    options: Options,
-    taken: set[str],
-    joins: bool,
-) -> tuple[list[Spec], str, bool] | str:
-    """A remaining branch: its specs, the blob it ends in, and whether kernels stayed as they were."""
-    absorbs = bool(head.before or head.after)
-    if tail.pools and (not head.convs or head.pooled):
-        return f"branch '{head.name}' does not end in a convolution that could take the pool's stride"
-    taken = set(taken)
-    specs: list[Spec] = []
-    at, as_it_was = IN, True
-    last = head.convs[-1] if head.convs else None
-    shrinks = any(branch.convs and not branch.pooled for branch in (*head.before, *head.after))
-    final = head.layers[-1] if head.layers else None
-    for layer in head.layers:
-        if layer.type in NORMALISING and (absorbs or tail.layers):
-            continue  # approximate anyway: the branch re-learns it
-        is_final = layer is final or all(
-            x.type in NORMALISING for x in head.layers[head.layers.index(layer) + 1 :]
-        )
-        if layer.type != "Convolution":
-            top = at if layer.type in ACTIVATION else layer.top[0]
-            top = OUT if is_final and not joins else top
-            if layer.type in ACTIVATION and top == OUT and specs:  # in place: what is below writes there too
-                specs[-1] = replace(specs[-1], top=(OUT,))
-                at = OUT
-            specs.append(Spec(layer.name, layer.name, (at,), (top,)))
-            at = top
-            continue
-        conv = params.conv(layer.param)
-        reborn = layer is last and (absorbs or bool(tail.layers))
-        reduced = layer is not last and shrinks and max(conv.kernel) == 1 and options.reduce < 1
-        n = _reduced(conv.num_output, options.reduce) if reduced else conv.num_output
-        changed = reborn or (reduced and n != conv.num_output) or _below_changed(specs)
-        if not changed:
-            top = OUT if is_final and not joins else layer.top[0]
-            specs.append(Spec(layer.name, layer.name, (at,), (top,)))
-            at = top
-            continue
-        name = m.fresh(layer.name, REBIRTH, taken)
-        top = OUT if is_final and not joins else name
-        rows: tuple[Rows, ...] = ()
-        if layer is last:
+    @property
+    def end(self) -> Layer:
+        return self.tail.layers[-1] if self.tail.layers else self.concat
+
+    def merge(self) -> Merge | str:
+        """The merge, without its id and stage; a reason where the tail does not fit."""
+        joins = len(self.heads) > 1
+        specs: list[Spec] = []
+        tops: list[str] = []
+        for head in self.heads:
+            made = self._head(head)
+            if isinstance(made, str):
+                return made
+            specs += made
+            tops.append(made[-1].top[0] if made else IN)
+        if joins:
+            specs.append(Spec(self.concat.name, self.concat.name, tuple(tops), (OUT,)))
+        else:
+            specs = [_renamed(spec, tops[0], OUT) for spec in specs]
+        if self.tail.activations and not self._activated():
+            name = self.tail.activations[0].name
+            specs.append(Spec(name, name, (OUT,), (OUT,)))
+        kept = {spec.name for spec in specs if spec.kept}
+        group = {self.concat, *self.tail.layers, *(layer for b in self.branches for layer in b.layers)}
+        absorbs = tuple(x.name for x in self.m.net.layers if x in group and x.name not in kept)
+        ratio = self._ratio(specs)
+        note = "" if ratio <= WORTH else f"takes {ratio:.1f} times the multiply-adds: no reducer to shrink"
+        kind = "branches" if len(self.heads) < len(self.branches) else "streamline"
+        return Merge("", kind, "", absorbs, tuple(specs), not note, "", note)
+
+    def _activated(self) -> bool:
+        """Whether every branch ends with what the tail's activation would do again."""
+        return all(head.activations and all(map(plain_relu, head.activations)) for head in self.heads)
+
+    def _relearns(self, head: Branch) -> bool:
+        """Whether the last convolution of a branch learns more than it did: it needs no normalisation."""
+        return bool(head.absorbed or self.tail.layers)
+
+    def _head(self, head: Branch) -> list[Spec] | str:
+        """A remaining branch from @in to the blob the last spec gives."""
+        if self.tail.layers and not head.ends_in_convolution:
+            return f"branch '{head.name}' does not end in a convolution that could take in what follows"
+        specs: list[Spec] = []
+        at, changed = IN, False
+        for layer in head.layers:
+            if layer.type in NORMALISING and self._relearns(head):
+                continue
+            if layer.type == "Convolution":
+                spec = self._conv(head, layer, at, changed)
+                if isinstance(spec, str):
+                    return spec
+                changed = changed or not spec.kept
+            else:  # a blob that changes does not keep its name
+                in_place = changed or layer.bottom == layer.top
+                spec = Spec(layer.name, layer.name, (at,), (at,) if in_place else layer.top)
+            specs.append(spec)
+            at = spec.top[0]
+        return specs
+
+    def _conv(self, head: Branch, layer: Layer, at: str, changed: bool) -> Spec | str:
+        """A convolution of a remaining branch; ``changed`` where what it reads has other channels now."""
+        old = params.conv(layer.param)
+        if layer is head.convs[-1] and self._relearns(head):
+            geometry = self._geometry(layer)
+            if isinstance(geometry, str):
+                return geometry
+            n = old.num_output + sum(branch.channels for branch in head.absorbed)
             rows = (
-                *(Rows(branch.name if branch.convs else IN) for branch in head.before),
-                Rows(layer.name),
-                *(Rows(branch.name if branch.convs else IN) for branch in head.after),
+                *(self._rows(branch, head, geometry) for branch in head.before),
+                Rows(layer.name, geometry.place((old.kernel[0], old.kernel[1]))),
+                *(self._rows(branch, head, geometry) for branch in head.after),
             )
-            n += sum(branch.channels for branch in (*head.before, *head.after))
-        pools = tail.pools if layer is last else []
-        made = conv_spec(m, layer, name, at, top, pools, end if layer is last else layer, options, n, rows)
-        if isinstance(made, str):
-            return made
-        specs.append(made[0])
-        as_it_was = as_it_was and made[1]
-        at = top
-    return specs, at, as_it_was
+            return reborn_spec(self.m, layer, at, self.m.fresh(layer, REBIRTH), geometry, n, rows)
+        n = _reduced(old.num_output, self.options.reduce) if _shrinks(head, layer) else old.num_output
+        if n == old.num_output and not changed:
+            return Spec(layer.name, layer.name, (at,), layer.top)
+        return reborn_spec(self.m, layer, at, self.m.fresh(layer, REBIRTH), None, n)
+
+    def _geometry(self, last: Layer) -> Geometry | str:
+        """The geometry of a branch's last convolution with the tail's pools as its stride."""
+        before, after = self.m.input_shapes[last, 0], self.m.shapes[self.end, 0]
+        assert before is not None
+        assert after is not None
+        behind = [pool_windows(pool) for pool in self.tail.pools]
+        mode = self.options.kernel if behind else "keep"
+        geometry = take_in(mode, params.conv(last.param), [], behind, before[2:], after[2:])
+        if mode == "keep" and isinstance(geometry, Geometry) and not geometry.as_it_was:
+            return "a pool behind it would need another kernel or pad; ask for --kernel auto or cover"
+        return geometry
+
+    def _rows(self, branch: Branch, host: Branch, geometry: Geometry) -> Rows:
+        """An absorbed branch's channels, its kernel where it looks in the host's last convolution."""
+        windows = compose([branch.windows, *(pool_windows(pool) for pool in self.tail.pools)])
+        below = _windows(host.layers[: host.layers.index(host.convs[-1])])
+        height, width = ((w.centre - b.centre) / b.stride for w, b in zip(windows, below, strict=True))
+        kernel = params.conv(branch.convs[-1].param).kernel if branch.convs else (1, 1)
+        at = geometry.place((kernel[0], kernel[1]), (height, width))
+        return Rows(branch.name if branch.convs else IN, at)
+
+    def _ratio(self, specs: list[Spec]) -> float:
+        """Multiply-adds of the merged block over those of the original."""
+        net, final = self.m.net, self.m.shapes[self.end, 0]
+        assert final is not None
+        channels: dict[str, int] = {}  # of the blobs behind the convolutions
+        after = 0
+        for spec in specs:
+            layer = net.layer(spec.like)
+            if layer.type != "Convolution":
+                if spec.bottom[0] in channels:
+                    channels[spec.top[0]] = channels[spec.bottom[0]]
+                continue
+            last = not spec.kept and any(layer is head.convs[-1] for head in self.heads if head.convs)
+            after += self._macs(layer, spec, channels.get(spec.bottom[0]), final if last else None)
+            channels[spec.top[0]] = spec.num_output or params.conv(layer.param).num_output
+        before = sum(self._macs(conv) for branch in self.branches for conv in branch.convs)
+        return after / max(before, 1)
+
+    def _macs(
+        self, conv: Layer, spec: Spec | None = None, inputs: int | None = None, out: MaybeShape = None
+    ) -> int:
+        """Multiply-adds of a convolution; of what it became where that is given."""
+        old, source, shape = (
+            params.conv(conv.param),
+            self.m.input_shapes[conv, 0],
+            out or self.m.shapes[conv, 0],
+        )
+        assert source is not None
+        assert shape is not None
+        n, kernel = old.num_output, old.kernel
+        if spec is not None:
+            n, kernel = spec.num_output or n, spec.kernel or kernel
+        return n * math.prod(shape[2:]) * math.prod(kernel) * (inputs or source[1]) // old.group
 
 
-def _below_changed(specs: list[Spec]) -> bool:
-    """Whether the last convolution below in this branch has another num_output now."""
-    return any(not spec.kept for spec in specs)
+def _renamed(spec: Spec, old: str, new: str) -> Spec:
+    """A spec with another name for one of its blobs."""
+
+    def names(blobs: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(new if blob == old else blob for blob in blobs)
+
+    return replace(spec, bottom=names(spec.bottom), top=names(spec.top))
+
+
+def _shrinks(head: Branch, layer: Layer) -> bool:
+    """Whether a layer is a 1x1 reducer in a branch that took in a 1x1 branch, and what follows allows it."""
+    conv = params.conv(layer.param)
+    took = any(branch.convs and not branch.pooled for branch in head.absorbed)
+    if layer is head.convs[-1] or not took or max(conv.kernel) > 1 or conv.group > 1:
+        return False
+    following = head.convs[head.convs.index(layer) + 1]
+    between = head.layers[head.layers.index(layer) : head.layers.index(following)]
+    # A slope for each channel, and groups of channels, count on the channels there are.
+    return params.conv(following.param).group == 1 and all(x.type != "PReLU" for x in between)
 
 
 def _reduced(num_output: int, ratio: float) -> int:
     """What is left of a reducer: ``ratio`` of it, up to a multiple of 8, never more than before."""
-    return min(num_output, 8 * math.ceil(num_output * ratio / 8))
+    return min(num_output, 8 * math.ceil(round(num_output * ratio / 8, 9)))
 
 
-def _ratio(m: Matcher, branches: list[Branch], specs: list[Spec], end: Layer) -> float:
-    """Multiply-adds of the merged block over those of the original."""
-    before = 0
-    size_of: dict[str, int] = {}
-    inputs: dict[str, int] = {}
-    for branch in branches:
-        for conv in branch.convs:
-            shape, source = m.shapes[conv, 0], m.input_shapes[conv, 0]
-            assert shape is not None
-            assert source is not None
-            g = params.conv(conv.param)
-            before += math.prod(shape[1:]) * math.prod(g.kernel) * source[1] // g.group
-            size_of[conv.name] = math.prod(shape[2:])
-            inputs[conv.name] = source[1]
-    final = m.shapes[end, 0]
-    assert final is not None
-    lasts = {branch.convs[-1].name for branch in branches if branch.convs}
-    after, width = 0, dict[str, int]()
-    for spec in specs:
-        if spec.like not in size_of:
-            width[spec.top[0]] = width.get(spec.bottom[0], 0)
-            continue
-        g = params.conv(m.graph.net.layer(spec.like).param)
-        channels = width.get(spec.bottom[0], inputs[spec.like])
-        n, kernel = spec.num_output or g.num_output, spec.kernel or g.kernel
-        size = math.prod(final[2:]) if spec.like in lasts else size_of[spec.like]
-        after += n * size * math.prod(kernel) * channels // g.group
-        width[spec.top[0]] = n
-    return after / max(before, 1)
+# ---- names ------------------------------------------------------------------------------------------------
 
 
-def _id(m: Matcher, layers: list[Layer]) -> str:
+def _id(layers: list[Layer]) -> str:
     """What the layers' names begin with, up to a separator."""
     names = [layer.name for layer in layers]
     prefix = os.path.commonprefix(names)
@@ -406,13 +458,15 @@ def _id(m: Matcher, layers: list[Layer]) -> str:
 
 def _name_stages(m: Matcher, blocks: list[tuple[Layer, Merge]], found: Findings) -> None:
     """Give blocks their ids (without what all of them begin with) and like neighbours one training step."""
-    net = m.graph.net
-    layers = [[net.layer(name) for name in merge.layers if name != concat.name] for concat, merge in blocks]
-    ids = [_id(m, [x for x in group if x.type == "Convolution"] or group) for group in layers]
-    common = os.path.commonprefix(ids)
-    cut = max(common.rfind("_"), common.rfind("/"), common.rfind("-")) + 1 if len(ids) > 1 else 0
-    ids = [id_[cut:] or id_ for id_ in ids]
-    ids = [id_ if ids.count(id_) == 1 else f"{id_}:{blocks[i][0].name}" for i, id_ in enumerate(ids)]
+    layers = [[m.net.layer(name) for name in merge.layers if name != concat.name] for concat, merge in blocks]
+    names = [_id([x for x in group if x.type == "Convolution"]) for group in layers]
+    common = os.path.commonprefix(names)
+    cut = max(common.rfind("_"), common.rfind("/"), common.rfind("-")) + 1 if len(names) > 1 else 0
+    names = [name[cut:] or name for name in names]
+    ids = [
+        found.id(*[name] * (names.count(name) == 1), f"{name}:{concat.name}")
+        for name, (concat, _) in zip(names, blocks, strict=True)
+    ]
     inputs = [_input_shape(m, group) for group in layers]
     start = 0
     for i in range(1, len(blocks) + 1):
@@ -424,12 +478,13 @@ def _name_stages(m: Matcher, blocks: list[tuple[Layer, Merge]], found: Findings)
             merge = blocks[j][1]
             found.merges.append(replace(merge, id=ids[j], stage=stage or ids[j]))
             if not merge.enabled:
-                found.refused.append(Refusal(merge.absorbs, f"{merge.note}; enable '{ids[j]}' in the plan"))
+                reason = f"{merge.note}; enable '{ids[j]}' in the plan"
+                found.refuse(reason, map(m.net.layer, merge.absorbs))
         start = i
 
 
 def _input_shape(m: Matcher, layers: list[Layer]) -> object:
-    first = next(layer for layer in m.graph.net.layers if layer in set(layers))
+    first = next(layer for layer in m.net.layers if layer in set(layers))
     return m.input_shapes.get((first, 0))
 
 
