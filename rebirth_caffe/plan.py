@@ -386,12 +386,13 @@ def _check(before: Net, after: Net, batch: list[Merge], borders: list[_Border]) 
             sizes = {value.name: shape for value, shape in infer(View(after, view.state)).items()}
         except NetError as error:
             raise PlanError(f"after merging {', '.join(maker.values())}: {error}") from None
-        for value, shape in infer(view).items():
-            now = sizes.get(value.name, shape)
+        # Of a blob that is written in place the last value, as above.
+        for name, shape in {value.name: shape for value, shape in infer(view).items()}.items():
+            now = sizes.get(name, shape)
             if now != shape and shape is not None:
-                blame = maker.get(value.name) or ", ".join(maker.values())
+                blame = maker.get(name) or ", ".join(maker.values())
                 raise PlanError(
-                    f"merge '{blame}': blob '{value.name}' would become {now} instead of {shape}; "
+                    f"merge '{blame}': blob '{name}' would become {now} instead of {shape}; "
                     "correct its kernel, stride, pad or num_output"
                 )
 

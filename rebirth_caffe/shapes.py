@@ -56,7 +56,10 @@ def layer_shapes(layer: Layer, bottoms: list[MaybeShape]) -> list[MaybeShape]:
     """The shapes of a layer's tops from those of its bottoms."""
     rule = RULES.get(layer.type)
     known = [shape for shape in bottoms if shape is not None]
-    if rule is None or len(known) < len(bottoms):
+    if rule is None:  # a fork's: what it works on in place keeps its shape
+        at = dict(zip(layer.bottom, bottoms, strict=False))
+        return [at.get(name) for name in layer.top]
+    if len(known) < len(bottoms):
         return [None] * len(layer.top)
     if len(bottoms) < _MIN_BOTTOMS.get(layer.type, 0 if layer.type in SOURCES else 1):
         raise NetError(f"{layer.where}: {layer.type} has {len(bottoms)} bottoms, too few; add the missing")

@@ -306,6 +306,34 @@ def test_a_filter_that_died_in_training(tmp_path):
     assert abs(reborn.blobs[0].array).max() < 10
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-1e38"])
+def test_weights_of_a_training_that_diverged(value, tmp_path):
+    net = Net.load(DEPLOY)
+    fill_missing(net)
+    conv = net.layer("conv1/5x5")
+    assert conv.record is not None
+    weight = conv.blobs[0].array.copy()
+    weight[3, 1] = float(value)
+    conv.record = caffemodel.Record(conv.name, conv.type, [caffemodel.Blob(weight), conv.blobs[1]])
+    net.write_weights(tmp_path / "w.caffemodel")
+    flags = (DEPLOY, "--weights", "w.caffemodel", "--dry-run")
+    if value == "-1e38":  # too large, but a number
+        good(*flags, cwd=tmp_path)
+    else:
+        said = bad(*flags, cwd=tmp_path)
+        assert said.startswith("merge 'conv1': the weights of conv1/5x5, pool1/3x3_s2, ")
+        assert said.endswith(" are not all finite numbers; give others, or --skip conv1")
+    good(*flags, "--skip", "conv1", cwd=tmp_path)
+
+
+def test_layers_of_a_fork_that_work_in_place(tmp_path):
+    text = changed('name: "conv1/relu_5x5"\n  type: "ReLU"', 'name: "conv1/relu_5x5"\n  type: "ForkReLU"')
+    (tmp_path / "in.prototxt").write_text(text)
+    merges = json.loads(good("in.prototxt", "--json", cwd=tmp_path))["merges"]
+    assert {"conv2", "3a", "3b", "4a", "4b"} <= {merge["id"] for merge in merges}
+    assert 'type: "ForkReLU"' in (tmp_path / "cifar10_googlenet_rebirth" / "deploy.prototxt").read_text()
+
+
 def test_a_second_rebirth(tmp_path, made):
     """What the tool wrote is an input like any other."""
     good(DEPLOY, "--weights", made / "w.caffemodel", "--only", "3a", "--out", tmp_path / "a")
@@ -557,6 +585,13 @@ def test_a_plan_of_something_else(tmp_path):
     (tmp_path / "plan.yaml").write_text(PLAN + MERGE.replace("conv1/5x5", "fc9"))
     said = bad(DEPLOY, "--plan", "plan.yaml", cwd=tmp_path)
     assert said.startswith("merge 'a': the net has no layer 'fc9' at this point; is the plan for this net")
+    good(DEPLOY, "--out", tmp_path / "out")
+    text = (tmp_path / "out" / "plan.yaml").read_text()
+    (tmp_path / "plan.yaml").write_text(text.replace("like: conv1/5x5\n", "like: inception_3a/5x5\n", 1))
+    said = bad(DEPLOY, "--plan", "plan.yaml", cwd=tmp_path)
+    assert said.startswith(
+        "merge 'conv1': layer 'conv1/5x5/rebirth' is made after 'inception_3a/5x5', no layer of"
+    )
     (tmp_path / "plan.yaml").write_text(PLAN.replace("merges:", "merges: []"))
     said = bad(DEPLOY, "--plan", "plan.yaml", "--only", "3a", cwd=tmp_path)
     assert said == "the plan has no merge '3a'; it has none"

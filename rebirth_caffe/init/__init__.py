@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ..caffemodel import Array
+from ..errors import WeightsError
 from ..merge import Merge
 from ..net import Net
 
@@ -13,9 +16,20 @@ def weights_for(net: Net, merge: Merge, method: str, seed: int) -> dict[str, lis
     """Blobs for every reborn layer of ``merge``, by name, from the weights in ``net`` (before the merge).
 
     ``method`` is ``xavier`` or ``inherit``; folding is exact whatever the method. A layer made after one
-    that has no weights gets none. Raises WeightsError where folding lacks a blob.
+    that has no weights gets none. Raises WeightsError where folding lacks a blob, and where the weights are
+    those of a training that diverged.
     """
     from .fold import fold
     from .reborn import reborn
 
-    return fold(net, merge) if merge.exact else reborn(net, merge, method, seed)
+    try:
+        with np.errstate(all="ignore"):
+            made = fold(net, merge) if merge.exact else reborn(net, merge, method, seed)
+    except np.linalg.LinAlgError:
+        made = None
+    if made is None or not all(np.isfinite(blob).all() for blobs in made.values() for blob in blobs):
+        raise WeightsError(
+            f"merge '{merge.id}': the weights of {', '.join(merge.layers)} are not all finite numbers; "
+            f"give others, or --skip {merge.id}"
+        )
+    return made
