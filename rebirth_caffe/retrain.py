@@ -314,7 +314,7 @@ class _Run:
             "seconds": round(sum(e["seconds"] for e in self._segments_of(step)), 1),
         }
         trained = reborn.with_weights(self.home / weights)
-        return self._done(step, net, trained, kept=kept, weights=weights, **numbers)
+        return self._done(step, net, trained, kept=kept, weights=weights if kept else None, **numbers)
 
     def _reborn(self, step: Step, net: Net) -> Net:
         """A net in which a step's merges are made."""

@@ -269,7 +269,7 @@ def solver_text(template: str, schedule: Schedule, path: str = "<solver>") -> st
     tree.fields[:] = [f for f in tree.fields if f.name not in nets]
     _once(tree, "net", quote(schedule.net))
     if schedule.lr_factor != 1:
-        tree.set("base_lr", number(param.base_lr * schedule.lr_factor))
+        tree.set("base_lr", number(float(f"{param.base_lr * schedule.lr_factor:.6g}")))
     if param.lr_policy == "step" and not param.HasField("stepsize"):
         tree.set("stepsize", str(max(1, round(schedule.iterations * STEP))))
     tree.set("max_iter", str(schedule.iterations))

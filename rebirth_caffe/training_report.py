@@ -297,7 +297,7 @@ def _accuracies(axes: Any, steps: list[_Drawn], original: Event) -> None:
         )
         for x, y in points:
             axes.annotate(
-                f"{y:.2f}", (x, y), xytext=(-6, -13), textcoords="offset points", ha="right", fontsize=9,
+                f"{y:.2f}", (x, y), xytext=(0, -16), textcoords="offset points", ha="center", fontsize=9,
                 color=TOP1,
             )  # fmt: skip
     if any(not e["kept"] for _, e in ended):
