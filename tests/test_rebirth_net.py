@@ -603,8 +603,8 @@ def test_a_plan_of_something_else(tmp_path):
         (("--reduce", "0"), "--reduce 0: give a ratio above 0 and at most 1"),
         (("--reduce", "2"), "--reduce 2: give a ratio above 0 and at most 1"),
         (("--reduce=-0.5",), "--reduce -0.5: give a ratio above 0 and at most 1"),
-        (("--reduce", "nan"), "--reduce nan: give a ratio above 0 and at most 1"),
-        (("--reduce", "half"), "argument --reduce: invalid float value: 'half'; see rebirth_net.py --help"),
+        (("--reduce", "nan"), "argument --reduce: 'nan' is no number; see rebirth_net.py --help"),
+        (("--reduce", "half"), "argument --reduce: 'half' is no number; see rebirth_net.py --help"),
         (("--seed", "-1"), "argument --seed: "),
         (("--seed", "1.5"), "argument --seed: '1.5' is no whole number from 0; see "),
         (("--kernel", "big"), "argument --kernel: invalid choice: 'big' (choose from "),
@@ -614,6 +614,12 @@ def test_a_plan_of_something_else(tmp_path):
         (("--only", "3a", "--skip", "3b"), "argument --skip: not allowed with argument --only; see "),
         (("--only", "3a,conv9"), "no merge is called 'conv9'; there are 3a, 3b, "),
         (("--skip", "conv9"), "no merge is called 'conv9'; there are 3a, 3b, "),
+        (("--image", "3x0x32"), "argument --image: '3x0x32' is no CxHxW; give channels, height and width: "),
+        (("--train-data", "a"), "--train-data and --test-data go together; see "),
+        (("--train-data", "a", "--test-data", "b"), ""),
+        (("--scale", "0.1"), "--scale is of no use without --train-data and --test-data; see "),
+        (("--mean-value", "1,,2"), "argument --mean-value: '' is no number; see "),
+        (("--crop", "0"), "argument --crop: '0' is no whole number from 1; see "),
         (("--fast",), "unrecognized arguments: --fast; see rebirth_net.py --help"),
         (("--out",), "argument --out: expected one argument; see "),
         (("other.prototxt",), "unrecognized arguments: other.prototxt; see "),
@@ -634,7 +640,8 @@ def test_the_choices_are_those_of_the_package():
 
 
 def test_the_same_of_the_python_api():
-    for wrong in ({"kernel": "big"}, {"init": "zero"}, {"seed": -1}, {"reduce": 0}):
+    wrongs = ({"kernel": "big"}, {"init": "zero"}, {"seed": -1}, {"reduce": 0}, {"reduce": float("nan")})
+    for wrong in wrongs:
         with pytest.raises(RebirthError, match=f"--{next(iter(wrong))} "):
             rebirth(DEPLOY, **wrong)
 

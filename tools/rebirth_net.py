@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -35,7 +36,7 @@ def parse_args() -> argparse.Namespace:
                        help="just these merges or training steps: conv1,4b-4d")  # fmt: skip
     which.add_argument("--skip", metavar="IDS", type=_ids, default=(), help="all but these")
     p.add_argument("--exact", action="store_true", help="only what leaves the net's function as it is")
-    p.add_argument("--reduce", metavar="R", type=float, default=0.5,
+    p.add_argument("--reduce", metavar="R", type=_float, default=0.5,
                    help="what is left of the reducers under merged branches (default: 0.5)")  # fmt: skip
     p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="keep",
                    help="kernel of a convolution that takes in a pool: the original, all the two of them "
@@ -55,16 +56,19 @@ def parse_args() -> argparse.Namespace:
     t.add_argument(
         "--mean-value", metavar="V,V,V", type=_floats, help="mean value of each channel to subtract"
     )
-    t.add_argument("--scale", metavar="S", type=float, help="factor after that")
+    t.add_argument("--scale", metavar="S", type=_float, help="factor after that")
     t.add_argument("--crop", metavar="N", type=_positive, help="crop to N x N, at random in training")
     t.add_argument("--mirror", action=argparse.BooleanOptionalAction, help="mirror at random in training")
     t.add_argument("--batch", metavar="N", type=_positive, help="training batch (default 32)")
     t.add_argument("--solver", metavar="TEMPLATE", type=Path, help="solver prototxt to use for every step")
-    t.add_argument("--iterations", metavar="N", type=_positive, default=90_000,
+    t.add_argument("--iterations", metavar="N", type=_positive,
                    help="of a step, in the solvers written (default: 90000)")  # fmt: skip
     args = p.parse_args()
     if (args.train_data is None) != (args.test_data is None):
         p.error("--train-data and --test-data go together")
+    for name in ("mean_file", "mean_value", "scale", "crop", "mirror", "batch", "solver", "iterations"):
+        if args.train_data is None and getattr(args, name) is not None:
+            p.error(f"--{name.replace('_', '-')} is of no use without --train-data and --test-data")
     return args
 
 
@@ -82,8 +86,18 @@ def _image(text: str) -> tuple[int, int, int]:
     return int(sizes[0]), int(sizes[1]), int(sizes[2])
 
 
+def _float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number")
+    return value
+
+
 def _floats(text: str) -> tuple[float, ...]:
-    return tuple(float(word) for word in text.split(","))
+    return tuple(map(_float, text.split(",")))
 
 
 def _positive(text: str) -> int:
@@ -132,7 +146,7 @@ def _training(args: argparse.Namespace) -> Training | None:
         args.train_data, args.test_data, args.mean_file, args.mean_value, args.scale, args.crop, args.mirror,
         args.batch,
     )  # fmt: skip
-    return Training(data, args.solver, args.iterations)
+    return Training(data, args.solver, args.iterations or 90_000)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,14 @@ def generator(seed: int, name: str) -> Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode("utf-8", "surrogatepass"))])
 
 
-def fill(filler: Filler, shape: Shape, random: Generator) -> Array:
+def fill(filler: Filler, shape: Shape, random: Generator, where: str = "filler") -> Array:
     """A blob drawn from a filler, as Caffe's filler.hpp defines each (float32, of ``shape``).
 
-    Raises NetError for a filler Caffe does not know.
+    Raises NetError, naming ``where``, for a filler Caffe does not know.
     """
     if filler.type not in _FILLERS:
-        raise NetError(f"unknown filler type '{filler.type}'; one of {', '.join(sorted(_FILLERS))}")
+        known = ", ".join(sorted(_FILLERS))
+        raise NetError(f"{where}: no filler is called '{filler.type}'; give one of {known}")
     return _FILLERS[filler.type](filler, shape, random)
 
 
@@ -110,7 +111,8 @@ def fill_missing(net: Net, seed: int = 0) -> None:
             ]
         else:
             arrays = [
-                fill(f, shape, random) for f, shape in zip(_fillers(layer.param, shapes), shapes, strict=True)
+                fill(f, shape, random, layer.where)
+                for f, shape in zip(_fillers(layer.param, shapes), shapes, strict=True)
             ]
         layer.record = Record(layer.name, layer.type, [Blob(a) for a in arrays])
 

@@ -114,7 +114,7 @@ def _xavier(layer: Layer, spec: Spec, source: _Blob, seed: int) -> tuple[Array, 
     """The paper's start: a xavier weight, the bias from the layer's own filler."""
     shape = _shape(layer, spec, source)
     random = generator(seed, spec.name)
-    return fill(XAVIER, shape, random), fill(_bias_filler(layer), shape[:1], random)
+    return fill(XAVIER, shape, random), fill(_bias_filler(layer), shape[:1], random, layer.where)
 
 
 def _shape(layer: Layer, spec: Spec, source: _Blob) -> tuple[int, ...]:
