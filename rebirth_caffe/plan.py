@@ -487,6 +487,8 @@ def _document(path: Path) -> Any:
         raise PlanError(f"{path}: no such file; check the path of the plan") from None
     except IsADirectoryError:
         raise PlanError(f"{path}: is a directory; give the plan.yaml in it") from None
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
     # The loader lets through what Python says of a date, a number or a truth value that is none.
     except (yaml.YAMLError, ValueError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
