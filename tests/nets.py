@@ -194,7 +194,7 @@ def compute(in_caffe: Any, folder: Path, nets: Iterable[Net], positive: bool = F
     """Every blob of each net in real Caffe on the same noise (or its absolute values), in one child."""
     jobs = []
     for i, one in enumerate(nets):
-        path, weights, out = (str(folder / f"{i}.{end}") for end in ("prototxt", "caffemodel", "npz"))
+        path, weights, out = (str(folder / f"{i}{end}") for end in (".prototxt", ".caffemodel", ".npz"))
         one.write(Path(path))
         has = any(x.blobs for x in one.layers)
         if has:
@@ -202,8 +202,8 @@ def compute(in_caffe: Any, folder: Path, nets: Iterable[Net], positive: bool = F
         jobs.append([path, weights if has else None, out])
     in_caffe(_COMPUTE, jobs=jobs, positive=positive)
     found = []
-    for _, _, out in jobs:
-        with np.load(out) as data:
+    for _, _, values in jobs:
+        with np.load(str(values)) as data:
             found.append({name.replace("|", "/"): data[name] for name in data.files})
     return found
 
