@@ -133,7 +133,7 @@ def main() -> None:
 
     show(result)
     if written:
-        print(f"wrote {out}/: {', '.join(path.name for path in written)}")
+        print(cli.printable(f"wrote {Path(out)}/: {', '.join(path.name for path in written)}"))
 
 
 def _training(args: argparse.Namespace) -> Training | None:
