@@ -184,10 +184,9 @@ def evaluate(
 
 
 def _ranks(scores: Floats, labels: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many classes come before the right one; of equals the later class comes first, as in Caffe 1.0."""
+    """How many classes come before the right one; of equals it is the last, as in Caffe."""
     own = scores[np.arange(len(labels)), labels][:, None]
-    later = np.arange(scores.shape[1]) > labels[:, None]
-    return np.asarray(((scores > own) | ((scores == own) & later)).sum(axis=1))
+    return np.asarray((scores >= own).sum(axis=1) - 1)
 
 
 def _loss(scores: Floats, labels: NDArray[np.int64], kind: str) -> float:

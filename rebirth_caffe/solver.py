@@ -90,6 +90,9 @@ def _data_layer(layer: Layer, data: TrainData, phase: int, both: bool) -> Layer:
         at = next((i for i, f in enumerate(rules) if f.name.endswith("_param")), len(rules))
         rule = Message([Field("phase", "TEST" if test else "TRAIN")])
         tree.fields[:] = [*rules[:at], Field("include", rule, one_line=True), *rules[at:]]
+        transform = tree.message("transform_param")
+        if test and transform is not None and transform.all("mirror"):
+            transform.set("mirror", "false")
     source = _inside(tree, "data_param")
     source.set("source", quote(data.test if test else data.train))
     source.set("backend", "LMDB")
@@ -261,8 +264,9 @@ def solver_text(template: str, schedule: Schedule, path: str = "<solver>") -> st
     tree = prototxt.parse(template, path)
     param = caffe_pb2.SolverParameter()
     unknown = prototxt.to_message(tree, param, path)
-    if unknown and any(f.name in ("layer", "layers") for f in unknown):
-        raise PrototxtError(f"{path}:{unknown[0].line}: a net, not a solver; give a solver prototxt")
+    layers = [f for f in unknown if f.name in ("layer", "layers")]
+    if layers:
+        raise PrototxtError(f"{path}:{layers[0].line}: a net, not a solver; give a solver prototxt")
     if not param.HasField("base_lr"):
         raise PrototxtError(f"{path}: has no base_lr; give a whole solver prototxt")
     nets = ("train_net", "test_net", "net_param", "train_net_param", "test_net_param")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any
@@ -252,7 +253,7 @@ def _top(losses: list[float]) -> float | None:
     if not losses:
         return None
     ordered = sorted(losses)
-    usual = ordered[int(0.98 * (len(ordered) - 1))]
+    usual = ordered[math.ceil(0.98 * (len(ordered) - 1))]
     return 1.05 * (ordered[-1] if ordered[-1] < 2 * usual else 1.5 * usual)
 
 

@@ -150,8 +150,8 @@ class TestSoleUser:
 
 def test_sync_reaches_files_and_their_directories(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("os.fsync", lambda handle: seen.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
+    monkeypatch.setattr("os.fsync", lambda handle: seen.append(Path(f"/proc/self/fd/{handle}").readlink()))
     for name in ("a", "b"):
         (tmp_path / name).write_text(json.dumps(name))
     sync(tmp_path / "a", tmp_path / "b")
-    assert seen == [str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path)]
+    assert seen == [tmp_path / "a", tmp_path / "b", tmp_path]

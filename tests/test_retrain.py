@@ -48,12 +48,7 @@ FLAGS = ["--iterations", "6", "--final-iterations", "4", "--segment", "3"]
 def fashion(tmp_path_factory, caffe):
     """The tiny net, trained by real Caffe on Fashion-MNIST's images (without network, synthetic ones)."""
 
-    def make(folder: Path) -> None:
-        source = tiny.fashion_mnist(folder)
-        tiny.databases(folder, source)
-        tiny.original(caffe, folder)
-
-    return tiny.once(tiny.shared_folder(tmp_path_factory) / "fashion", make)
+    return tiny.trained(tmp_path_factory, caffe)
 
 
 @pytest.fixture(scope="session")

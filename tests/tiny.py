@@ -39,7 +39,8 @@ layer { name: "conv1" type: "Convolution" bottom: "data" top: "conv1"  # the fir
 layer { name: "relu1" type: "ReLU" bottom: "conv1" top: "conv1" }
 layer { name: "pool1" type: "Pooling" bottom: "conv1" top: "pool1"
   pooling_param { pool: MAX kernel_size: 3 stride: 2 } }
-layer { name: "norm1" type: "LRN" bottom: "pool1" top: "norm1" }
+layer { name: "norm1" type: "LRN" bottom: "pool1" top: "norm1"
+  lrn_param { local_size: 5 alpha: 1 beta: 0.75 } }
 layer { name: "conv2" type: "Convolution" bottom: "norm1" top: "conv2"
   convolution_param { num_output: 12 kernel_size: 3 pad: 1 weight_filler { type: "xavier" } } }
 layer { name: "relu2" type: "ReLU" bottom: "conv2" top: "conv2" }
@@ -125,6 +126,16 @@ def original(caffe: Caffe, folder: Path) -> None:
     (folder / "whole.prototxt").write_text(WHOLE)
     train(caffe, Run(folder, "whole.prototxt", 150), lambda iteration, loss: None)
     (folder / "original_iter_150.caffemodel").rename(folder / "original.caffemodel")
+
+
+def trained(tmp_path_factory: Any, caffe: Caffe) -> Path:
+    """A directory with the databases and the tiny net that real Caffe has trained on them."""
+
+    def make(folder: Path) -> None:
+        databases(folder, fashion_mnist(folder))
+        original(caffe, folder)
+
+    return once(shared_folder(tmp_path_factory) / "tiny", make)
 
 
 def reborn(folder: Path, out: Path, *, solver: str = SOLVER, iterations: int = 6, **options: Any) -> Path:
