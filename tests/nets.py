@@ -139,13 +139,12 @@ def rebirth(original: Net, init: str = "inherit", seed: int = 0, **options: Any)
 def assert_rest_is_untouched(before: Net, after: Net, plan: Plan) -> None:
     """Layers of no merge are byte for byte the same, their blobs too, unless they read what has vanished."""
     merged = {name for merge in plan.active for name in merge.layers}
-    drops = {before.layer(n).top for m in plan.active if not m.becomes for n in m.absorbs}
-    for one in before.layers:
-        if one.name in merged or any((b,) in drops for b in one.bottom):
-            continue
-        same = after.layer(one.name)
-        assert same.text == one.text
-        assert same.blobs == one.blobs
+    vanished = {before.layer(n).top[0] for m in plan.active if not m.becomes for n in m.absorbs}
+    made = {spec.name for merge in plan.active for spec in merge.becomes}
+    rest = [x for x in after.layers if x.name not in made]
+    for old, new in zip((x for x in before.layers if x.name not in merged), rest, strict=True):
+        assert new.blobs == old.blobs
+        assert new.text == old.text or vanished & set(old.bottom)
 
 
 def merges(proposal: Proposal) -> dict[str, Merge]:

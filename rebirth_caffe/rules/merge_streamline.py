@@ -42,9 +42,13 @@ def _behind(m: Matcher, conv: Layer, options: Options, found: Findings) -> None:
     if reason is not None:
         found.refuse(reason, [conv, *(x for x in chain.layers if x not in chain.activations)])
         return
+    whole = _taking_in(m, conv, chain.pools, chain.layers[-1], options)
+    if isinstance(whole, str):
+        found.refuse(whole, [conv, *chain.pools])
+        if not chain.normalising:
+            return
     found.taken.update([conv, *chain.layers])
     base = found.id(_short(conv), conv.name)
-    whole = _taking_in(m, conv, chain.pools, chain.layers[-1], options)
     if whole is None or (isinstance(whole, Geometry) and (options.kernel != "keep" or whole.as_it_was)):
         found.merges.append(_merge(m, base, base, conv, chain, whole, []))
         return
@@ -52,7 +56,6 @@ def _behind(m: Matcher, conv: Layer, options: Options, found: Findings) -> None:
     if chain.normalising:
         found.merges.append(_merge(m, base, base, conv, chain, None, chain.pools))
     if isinstance(whole, str):
-        found.refuse(whole, [conv, *chain.pools])
         return
     offer_id = found.id("+".join([base, *(pool.name for pool in chain.pools)]))
     stage = base if chain.normalising else offer_id
