@@ -725,7 +725,7 @@ def test_an_output_under_a_file(tmp_path):
         assert said.startswith(f"{out}: cannot be written: ")
 
 
-@pytest.mark.parametrize("limit", [0, 1, 20_000, 60_000])
+@pytest.mark.parametrize("limit", [0, 20_000])
 def test_a_disk_that_is_full(limit, tmp_path, made):
     """A limit on the size of files stops the writing in the middle, as a full disk does."""
 
@@ -917,7 +917,7 @@ def test_the_zoo_reborn_runs_in_real_caffe(name, kind, in_caffe, images, tmp_pat
     text = text.replace("num_output: 4096", "num_output: 256").replace("dim: 10 dim: 3", "dim: 1 dim: 3")
     text = re.sub(r'source: "[^"]*"', f'source: "{images}/lmdb"', text)
     text = re.sub(r'mean_file: "[^"]*"', f'mean_file: "{images}/mean.binaryproto"', text)
-    text = re.sub(r"batch_size: \d+", "batch_size: 2", text)
+    text = re.sub(r"batch_size: \d+", "batch_size: 1", text)
     (tmp_path / "in.prototxt").write_text(text)
     weights = with_weights(tmp_path / "in.prototxt", tmp_path / "w.caffemodel")
     out = tmp_path / "out"
