@@ -5,11 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 
 from rebirth_caffe.errors import RebirthError
 from rebirth_caffe.net import Net
 from rebirth_caffe.originals import begin
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 
 from rebirth_caffe.data import write_lmdb
 from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import Net
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
