@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import median
 from time import monotonic
 from typing import IO, Any
 
@@ -199,7 +200,7 @@ def draw(home: Path) -> Path | None:
             above.plot(xs, ys, linewidth=0.7, color=LOSS, alpha=0.35)
             above.plot(xs, _smooth(ys), linewidth=1.6, color=LOSS)
         _name_steps(above, steps, end)
-        above.set_ylabel("training loss")
+        above.set_ylabel("training loss, and its running median")
         above.set_ylim(bottom=0, top=_top([y for step in steps for _, y in step.points]))
         _accuracies(below, steps, original)
         below.set(xlabel="iterations, all steps", ylabel="top-1 on the test data, %", xlim=(0, 1.015 * end))
@@ -242,10 +243,10 @@ def _drawn(journal: Journal) -> list[_Drawn]:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """A running mean."""
+    """A running median."""
     reach = max(1, len(values) // 25)
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    return [median(window) for window in windows]
 
 
 def _top(losses: list[float]) -> float | None:

@@ -18,7 +18,6 @@ import pytest
 from rebirth_caffe import caffemodel, prototxt
 from rebirth_caffe import plan as plans
 from rebirth_caffe import retrain as module
-from rebirth_caffe.data import lmdb_info
 from rebirth_caffe.engines import training
 from rebirth_caffe.engines.caffe import Caffe
 from rebirth_caffe.engines.training import (
@@ -161,6 +160,8 @@ class TestKilled:
         assert [r.skip for r in runs] == [i % batches for i in (0, 8, 16, 24, 32, 40, 48)] * 2
         assert [r.until for r in runs] == [8, 16, 24, 32, 40, 48, 50] * 2
         assert [r.state is None for r in runs] == [True, *[False] * 6] * 2
+        assert all(r.lock is not None for r in runs)  # a killed run's child keeps the next one waiting
+        assert len({module._seed(0, step, 1, at) for step in "ab" for at in range(9)}) == 18
 
     def test_killed_at_every_line_of_the_journal(self, home, unkilled, caffe):
         """In front of each line, in the middle of it, and behind it: a fork dies there, another goes on."""
@@ -194,13 +195,6 @@ class TestKilled:
             time.sleep(0.05 * number)  # somewhere in the middle
             command.kill()
             command.wait()
-            deadline = time.monotonic() + 5
-            while (
-                Path(f"/proc/{child}/cmdline").exists()
-                and b"trainer" in Path(f"/proc/{child}/cmdline").read_bytes()
-            ):
-                assert time.monotonic() < deadline, "Caffe lives on"
-                time.sleep(0.01)
         last = [e for e in tiny.journal(home) if e["event"] == "segment"][-1]
         folder = home / Path(last["weights"]).parent
         for left in (".caffemodel", ".solverstate"):  # of the segment that was not finished, and of others
@@ -248,10 +242,21 @@ class TestKilled:
                         return real(self, target)
 
                     patch.setattr(Path, "rename", rename)
+                    remove = shutil.rmtree
+
+                    def halfway(path: Path, **options: Any) -> None:
+                        """A half removed final/ must never be seen."""
+                        if path.name == "final":
+                            (path / "plan.yaml").unlink()
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        remove(path, **options)
+
+                    patch.setattr(shutil, "rmtree", halfway)
                     retrain(finished, OPTIONS, caffe)
                 os._exit(0)
             os.waitpid(pid, 0)
             if (finished / "final").exists():
+                assert (finished / "final/plan.yaml").exists()
                 whole = (finished / "final/accuracy.json").read_text() != "of a run before"
                 assert whole != (finished / "final/mine.txt").exists()
         retrain(finished, OPTIONS, caffe)
@@ -271,7 +276,8 @@ class TestKilled:
             == f"error: {finished}/retrain: another process is at work here; wait for it or stop it\n"
         )
 
-    def test_told_to_stop_it_ends_caffe_and_goes_on_later(self, home, caffe):
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+    def test_told_to_stop_or_killed_it_takes_caffe_with_it(self, home, number):
         command = subprocess.Popen(
             [sys.executable, str(TOOL), str(home), "--iterations", "100000", "--segment", "50000"],
             stdout=subprocess.PIPE,
@@ -284,11 +290,23 @@ class TestKilled:
             assert command.poll() is None
             time.sleep(0.01)
         time.sleep(0.5)
-        command.send_signal(signal.SIGINT)
+        command.send_signal(number)
         _, said = command.communicate(timeout=20)
-        assert command.returncode == 130
-        assert said == "interrupted; the same command goes on from the last snapshot\n"
-        assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+        if number == signal.SIGINT:
+            assert command.returncode == 130
+            assert said == "interrupted; the same command goes on from the last snapshot\n"
+        deadline = time.monotonic() + 5
+        while any(runs(pid) for pid in found):
+            assert time.monotonic() < deadline, "Caffe lives on"
+            time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def trainers(parent: int) -> list[int]:
@@ -558,6 +576,7 @@ class TestDivergence:
         run = played([0.9, 0.1, 0.9, 0.9, 0.9], self.NAN("conv1", lambda r: self.base_lr(r) > 0.005))
         run(max_drop=1.0)
         assert run.rates == [("01-conv1 1", 0.1)] * 2 + [("01-conv1 2", 0.1)] * 2 + [("02-conv2 1", 1.0)] * 2
+        assert sum("diverged" in note for note in run.notes) == 1
 
     def test_diverging_in_the_longer_training_leaves_the_first_one_alone(self, played, home):
         run = played(
@@ -572,6 +591,27 @@ class TestDivergence:
         assert outcome.steps[0]["iterations"] == 12
         restarted = [r for r in run.runs if r.state is None and r.weights and "a1r1_iter_6" in r.weights]
         assert len(restarted) == 2
+
+    def test_killed_in_the_longer_training_it_goes_on_there(self, played, home):
+        """With the first attempt's segments as they are, whatever rate the second one came down to."""
+
+        def losses(run: Run) -> list[float]:
+            if "a2" in (run.state or "") and self.base_lr(run) > 0.005:
+                return [np.nan]
+            if "a2r0.1_iter_3" in (run.state or "") and len(run_.runs) < 7:
+                raise KeyboardInterrupt
+            return [1.0]
+
+        run_ = played([0.9, 0.1, 0.9, 0.9, 0.9], losses)
+        with pytest.raises(KeyboardInterrupt):
+            run_(max_drop=1.0)
+        assert len(run_.runs) == 6  # two segments, two that led to NaN, two of which one was killed
+        before = run_.rates
+        assert before == [("01-conv1 1", 1.0)] * 2 + [("01-conv1 2", 1.0), ("01-conv1 2", 0.1)]
+        outcome = run_(max_drop=1.0)
+        assert run_.rates == [*before, ("01-conv1 2", 0.1), *[("02-conv2 1", 1.0)] * 2]
+        assert run_.runs[6].state == "retrain/01-conv1/a2r0.1_iter_3.solverstate"
+        assert outcome.steps[0]["iterations"] == 12
 
     def test_a_net_that_tests_as_no_number_has_diverged(self, played):
         run = played([0.9, NotFinite("the net's output is not finite"), 0.9, 0.9, 0.9])
@@ -873,6 +913,25 @@ class TestTraining:
         assert "Iteration 100" in (tmp_path / "caffe.log").read_text()
         check_snapshot(tmp_path, snapshot_files("original", 120), 120, {"conv1", "aux", "fc"})
 
+    def test_two_segments_are_one_training_where_nothing_is_random(self, tmp_path, fashion, caffe):
+        """The data go on where they stopped, across the end of the database, and so does the momentum."""
+        net = tiny.NET.replace("mirror: true crop_size: 24", "")
+        net = net.replace('name: "drop"', 'include { phase: TEST } name: "drop"')
+        (tmp_path / "train_val.prototxt").write_text(
+            net.replace("train.lmdb", str(fashion / "train.lmdb")).replace(
+                "batch_size: 16", "batch_size: 110"
+            )
+        )
+        (tmp_path / "s").write_text(tiny.WHOLE)
+        whole, half = snapshot_files("original", 5), snapshot_files("original", 2)
+        train(caffe, Run(tmp_path, "s", 5), lambda i, x: None)
+        at_once = (tmp_path / whole.weights).read_bytes()
+        train(caffe, Run(tmp_path, "s", 2), lambda i, x: None)
+        wrong = Run(tmp_path, "s", 5, state=half.state)
+        for skip, same in ((2, True), (0, False), (1, False)):
+            train(caffe, dataclasses.replace(wrong, skip=skip), lambda i, x: None)
+            assert ((tmp_path / whole.weights).read_bytes() == at_once) is same, skip
+
     @pytest.mark.parametrize(
         ("line", "wanted"),
         [
@@ -927,8 +986,3 @@ class TestTraining:
         with pytest.raises(Diverged, match="weights of layer 'fc' are no numbers any more at iteration 6"):
             check_snapshot(tmp_path, snapshot, 6, names)
         assert newest_snapshot(tmp_path, "x", names) is None
-
-
-def test_databases_of_the_tests_are_of_fashion_mnist_in_ci(fashion):
-    info = lmdb_info(fashion / "train.lmdb")
-    assert info == (tiny.TRAIN_IMAGES, 1, 28, 28)

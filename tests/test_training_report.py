@@ -216,7 +216,7 @@ class TestPicture:
         assert module._top([1.0, 2.0]) == pytest.approx(2.1)
         assert module._top([]) is None
 
-    def test_the_running_mean(self):
+    def test_the_running_median(self):
         values = list(np.arange(100.0))
         assert module._smooth(values)[50] == 50
         assert module._smooth([1.0]) == [1.0]
