@@ -618,7 +618,7 @@ def test_a_plan_of_something_else(tmp_path):
         (("--train-data", "a"), "--train-data and --test-data go together; see "),
         (("--train-data", "a", "--test-data", "b"), ""),
         (("--scale", "0.1"), "--scale is of no use without --train-data and --test-data; see "),
-        (("--mean-value", "1,,2"), "argument --mean-value: '' is no number; see "),
+        (("--mean-value", "1,,2"), "argument --mean-value: '1,,2' is not numbers, like 104,117,123; see "),
         (("--crop", "0"), "argument --crop: '0' is no whole number from 1; see "),
         (("--fast",), "unrecognized arguments: --fast; see rebirth_net.py --help"),
         (("--out",), "argument --out: expected one argument; see "),

@@ -23,7 +23,7 @@ WORTH_A_ROW = 0.01  # of the whole forward's time
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         description="Times deploy nets in turn (A B A B ...) and compares them to the first.",
         epilog="Without weights a net gets them from its layers' fillers, the same in every engine.",
     )
@@ -43,23 +43,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)"
     )
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--threads", type=cli.positive, default=1, metavar="N", help="default: 1")
     parser.add_argument(
-        "--batch", type=positive, default=1, metavar="N", help="images in one forward (default: 1)"
+        "--batch", type=cli.positive, default=1, metavar="N", help="images in one forward (default: 1)"
     )
-    parser.add_argument("--runs", type=positive, default=20, metavar="N", help="timed forwards (default: 20)")
+    parser.add_argument(
+        "--runs", type=cli.positive, default=20, metavar="N", help="timed forwards (default: 20)"
+    )
     parser.add_argument(
         "--layers", action="store_true", help="the layers that take 1 %% of the time or more, too"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document instead of tables")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def main() -> None:

@@ -25,27 +25,16 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--data", metavar="LMDB", required=True, help="labelled images (tools/make_lmdb.py)")
     p.add_argument("--engine", choices=("caffe", "opencv"), default="caffe", help="default: caffe")
     p.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)")
-    p.add_argument("--threads", metavar="N", type=_positive, default=1, help="default: 1")
+    p.add_argument("--threads", metavar="N", type=cli.positive, default=1, help="default: 1")
     mean = p.add_mutually_exclusive_group()
     mean.add_argument("--mean-file", metavar="BINARYPROTO", help="mean image to subtract")
-    mean.add_argument("--mean-value", metavar="V,V,V", type=_floats, help="mean of each channel to subtract")
+    mean.add_argument(
+        "--mean-value", metavar="V,V,V", type=cli.numbers, help="mean of each channel to subtract"
+    )
     p.add_argument("--scale", metavar="S", type=float, help="factor after that")
-    p.add_argument("--crop", metavar="N", type=_positive, help="the middle N x N of the images")
+    p.add_argument("--crop", metavar="N", type=cli.positive, help="the middle N x N of the images")
     p.add_argument("--json", action="store_true", help="one JSON document instead of a line")
     return p.parse_args()
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not numbers, like 104,117,123") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1")
-    return int(text)
 
 
 def main() -> None:

@@ -41,9 +41,9 @@ def parse_args() -> argparse.Namespace:
     p.add_argument(
         "--hold-out", metavar="FRACTION", type=_fraction, default=0.0, help="of the training images"
     )
-    p.add_argument("--pad", metavar="N", type=_whole, default=0,
+    p.add_argument("--pad", metavar="N", type=cli.whole, default=0,
                    help="mirror N pixels out of each side, and add _padN to the names")  # fmt: skip
-    p.add_argument("--seed", metavar="N", type=_whole, default=0, help="of what is random (default: 0)")
+    p.add_argument("--seed", metavar="N", type=cli.whole, default=0, help="of what is random (default: 0)")
     args = p.parse_args()
     if args.set == "cifar10" and args.src is None:
         p.error("cifar10 needs SRC, a folder or tar archive with train/<class>/ and test/<class>/")
@@ -57,12 +57,6 @@ def _fraction(text: str) -> float:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"'{text}' is not a fraction between 0 and 1, like 0.1")
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0")
-    return int(text)
 
 
 def main() -> None:

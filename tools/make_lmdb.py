@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("out", metavar="OUT.lmdb", type=Path, help="the database to make")
     p.add_argument("--root", metavar="DIR", help="where a list file's paths start (default: its folder)")
     p.add_argument("--resize", metavar="HxW", type=_size, help="bilinear, as Caffe's convert_imageset does")
-    p.add_argument("--pad", metavar="N", type=_positive, default=0,
+    p.add_argument("--pad", metavar="N", type=cli.positive, default=0,
                    help="mirror N pixels out of each side, for random crops of the old size")  # fmt: skip
     p.add_argument("--gray", action="store_true", help="one channel (default: three, an idx file's one)")
     p.add_argument(
@@ -32,9 +32,9 @@ def parse_args() -> argparse.Namespace:
     )
     p.add_argument("--shuffle", action="store_true", help="in random order: training needs it")
     p.add_argument(
-        "--seed", metavar="N", type=_seed, default=0, help="of --shuffle and --hold-out (default: 0)"
+        "--seed", metavar="N", type=cli.whole, default=0, help="of --shuffle and --hold-out (default: 0)"
     )
-    p.add_argument("--limit", metavar="N", type=_positive, help="only the first N images, after shuffling")
+    p.add_argument("--limit", metavar="N", type=cli.positive, help="only the first N images, after shuffling")
     p.add_argument("--hold-out", metavar=("FRACTION", "OUT2.lmdb"), nargs=2,
                    help="write this part of each class into OUT2 instead, for validation")  # fmt: skip
     p.add_argument("--strict", action="store_true", help="fail where an image cannot be read")
@@ -47,18 +47,6 @@ def _size(text: str) -> tuple[int, int]:
     if not match:
         raise argparse.ArgumentTypeError(f"'{text}' is not HEIGHTxWIDTH, like 256x256")
     return int(match[1]), int(match[2])
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0")
-    return int(text)
 
 
 def _fraction(text: str) -> float:

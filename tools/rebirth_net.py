@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--init", choices=("xavier", "inherit"), default="inherit",
                    help="weights of reborn layers: noise as in the paper, or the absorbed layers' "
                    "(default: inherit)")  # fmt: skip
-    p.add_argument("--seed", metavar="N", type=_seed, default=0, help="of everything random (default: 0)")
+    p.add_argument("--seed", metavar="N", type=cli.whole, default=0, help="of everything random (default: 0)")
     p.add_argument("--image", metavar="CxHxW", type=_image,
                    help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
@@ -54,14 +54,14 @@ def parse_args() -> argparse.Namespace:
     t.add_argument("--test-data", metavar="LMDB", help="images to test on")
     t.add_argument("--mean-file", metavar="BINARYPROTO", help="mean image to subtract")
     t.add_argument(
-        "--mean-value", metavar="V,V,V", type=_floats, help="mean value of each channel to subtract"
+        "--mean-value", metavar="V,V,V", type=cli.numbers, help="mean value of each channel to subtract"
     )
     t.add_argument("--scale", metavar="S", type=_float, help="factor after that")
-    t.add_argument("--crop", metavar="N", type=_positive, help="crop to N x N, at random in training")
+    t.add_argument("--crop", metavar="N", type=cli.positive, help="crop to N x N, at random in training")
     t.add_argument("--mirror", action=argparse.BooleanOptionalAction, help="mirror at random in training")
-    t.add_argument("--batch", metavar="N", type=_positive, help="training batch (default 32)")
+    t.add_argument("--batch", metavar="N", type=cli.positive, help="training batch (default 32)")
     t.add_argument("--solver", metavar="TEMPLATE", type=Path, help="solver prototxt to use for every step")
-    t.add_argument("--iterations", metavar="N", type=_positive,
+    t.add_argument("--iterations", metavar="N", type=cli.positive,
                    help="of a step, in the solvers written (default: 90000)")  # fmt: skip
     args = p.parse_args()
     if (args.train_data is None) != (args.test_data is None):
@@ -94,22 +94,6 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"'{text}' is no number")
     return value
-
-
-def _floats(text: str) -> tuple[float, ...]:
-    return tuple(map(_float, text.split(",")))
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0")
-    return int(text)
 
 
 def main() -> None:

@@ -23,16 +23,16 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)")
     p.add_argument("--gpu", metavar="IDS", type=_gpus, default=(),
                    help="a device number, several (0,1) or all (default: the CPU)")  # fmt: skip
-    p.add_argument("--threads", metavar="N", type=_positive, default=1, help="of the CPU (default: 1)")
+    p.add_argument("--threads", metavar="N", type=cli.positive, default=1, help="of the CPU (default: 1)")
     p.add_argument(
-        "--iterations", metavar="N", type=_positive, help="of each step (default: as in the solvers)"
+        "--iterations", metavar="N", type=cli.positive, help="of each step (default: as in the solvers)"
     )
-    p.add_argument("--final-iterations", metavar="N", type=_whole, default=0,
+    p.add_argument("--final-iterations", metavar="N", type=cli.whole, default=0,
                    help="of the whole net at the end (default: 0)")  # fmt: skip
     p.add_argument("--max-drop", metavar="POINTS", type=_points,
                    help="train a step longer, once, that ends further below the original's top-1, "
                    "then roll it back (default: keep every step)")  # fmt: skip
-    p.add_argument("--segment", metavar="N", type=_positive, default=1000,
+    p.add_argument("--segment", metavar="N", type=cli.positive, default=1000,
                    help="iterations between snapshots (default: 1000)")  # fmt: skip
     p.add_argument("--stage", metavar="ID", default="", help="stop after this step")
     return p.parse_args()
@@ -42,18 +42,6 @@ def _gpus(text: str) -> tuple[str, ...]:
     if not re.fullmatch(r"all|\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not device numbers, like 0,1, nor all")
     return tuple(dict.fromkeys(text.split(",")))
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 0")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from 1")
-    return int(text)
 
 
 def _points(text: str) -> float:

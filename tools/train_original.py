@@ -25,11 +25,11 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--test-data", metavar="LMDB", help="images to test on (default: as in train_val)")
     p.add_argument("--out", metavar="DIR", type=Path, help="where to work (default: <name>_original/)")
     p.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)")
-    p.add_argument("--threads", metavar="N", type=int, default=1, help="of the CPU (default: 1)")
-    p.add_argument("--iterations", metavar="N", type=int, help="default: the solver's max_iter")
-    p.add_argument("--segment", metavar="N", type=int, default=1000,
+    p.add_argument("--threads", metavar="N", type=cli.positive, default=1, help="of the CPU (default: 1)")
+    p.add_argument("--iterations", metavar="N", type=cli.positive, help="default: the solver's max_iter")
+    p.add_argument("--segment", metavar="N", type=cli.positive, default=1000,
                    help="iterations between snapshots (default: 1000)")  # fmt: skip
-    p.add_argument("--seed", metavar="N", type=int, default=1, help="of everything random (default: 1)")
+    p.add_argument("--seed", metavar="N", type=cli.whole, default=1, help="of everything random (default: 1)")
     return p.parse_args()
 
 
