@@ -447,24 +447,26 @@ def _reduced(num_output: int, ratio: float) -> int:
 # ---- names ------------------------------------------------------------------------------------------------
 
 
-def _id(layers: list[Layer]) -> str:
-    """What the layers' names begin with, up to a separator."""
-    names = [layer.name for layer in layers]
-    prefix = os.path.commonprefix(names)
+def _name(concat: Layer, convs: list[Layer]) -> str:
+    """What the names of a block's convolutions begin with, up to a separator; else its Concat's name."""
+    prefix = os.path.commonprefix([layer.name for layer in convs])
     if "/" in prefix:
         prefix = prefix[: prefix.rindex("/")]
-    return prefix.rstrip("/_-.") or names[-1]
+    return prefix.rstrip("/_-.") or concat.name
 
 
 def _name_stages(m: Matcher, blocks: list[tuple[Layer, Merge]], found: Findings) -> None:
     """Give blocks their ids (without what all of them begin with) and like neighbours one training step."""
     layers = [[m.net.layer(name) for name in merge.layers if name != concat.name] for concat, merge in blocks]
-    names = [_id([x for x in group if x.type == "Convolution"]) for group in layers]
+    names = [
+        _name(concat, [x for x in group if x.type == "Convolution"])
+        for group, (concat, _) in zip(layers, blocks, strict=True)
+    ]
     common = os.path.commonprefix(names)
     cut = max(common.rfind("_"), common.rfind("/"), common.rfind("-")) + 1 if len(names) > 1 else 0
     names = [name[cut:] or name for name in names]
     ids = [
-        found.id(*[name] * (names.count(name) == 1), f"{name}:{concat.name}")
+        found.id(*[name] * (names.count(name) == 1), concat.name)
         for name, (concat, _) in zip(names, blocks, strict=True)
     ]
     inputs = [_input_shape(m, group) for group in layers]

@@ -2,7 +2,6 @@
 
 from itertools import permutations
 
-import numpy as np
 import pytest
 
 from rebirth_caffe import plan as plans
@@ -61,7 +60,7 @@ def wire(first: str, steps: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("lrn_kind", ["lrn", "within"])
-@pytest.mark.parametrize("steps", permutations(["pool", "LRN", "norm", "relu"]), ids="-".join)
+@pytest.mark.parametrize("steps", [*permutations(["pool", "LRN", "norm", "relu"])], ids="-".join)
 def test_every_order_behind_a_convolution(steps, lrn_kind):
     steps = tuple(lrn_kind if step == "LRN" else step for step in steps)
     original = with_weights(build(C, *wire("c", steps)))
@@ -81,7 +80,7 @@ def test_every_order_behind_a_convolution(steps, lrn_kind):
     assert not proposal.refused
 
 
-@pytest.mark.parametrize("steps", permutations(["norm", "scale", "relu"]), ids="-".join)
+@pytest.mark.parametrize("steps", [*permutations(["norm", "scale", "relu"])], ids="-".join)
 def test_every_order_behind_an_inner_product(steps):
     original = with_weights(build(fc("c", "data", 6), *wire("c", steps)))
     proposal, reborn = rebirth(original)
@@ -473,4 +472,4 @@ def test_concat_of_one():
     """A Concat of one bottom joins nothing: what stands behind it is its tail."""
     _, reborn = rebirth(build(C, concat("j", "c"), pool("p", "j")))
     assert layers(reborn) == ["c/rebirth", "fc"]
-    assert np.prod(infer(reborn.graph.view(TEST))[reborn.graph.view(TEST).outputs[0]]) == 5
+    assert shape(reborn, "c/rebirth") == "8 x 3x3/2 pad 1"
