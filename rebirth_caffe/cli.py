@@ -71,6 +71,8 @@ def run(main: Callable[[], object]) -> NoReturn:
             what = error.strerror or error
             fail(f"standard output or a temporary file: {what}; check the free space")
         fail(f"{error.filename}: {error.strerror or error}; check the path, its permissions and free space")
+    except ModuleNotFoundError as error:
+        fail(f"{error.name} is missing in this Python; run make setup and use .venv/bin/python")
     except MemoryError:
         fail("out of memory; close other programs or use a larger machine")
     except KeyboardInterrupt:

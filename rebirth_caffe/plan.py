@@ -96,12 +96,12 @@ def propose(
         merge_streamline.propose(matcher, options, found)
         place = {layer.name: i for i, layer in enumerate(folded.layers)}
         merges += sorted(found.merges, key=lambda m: min(place[name] for name in m.layers))
-        # A layer refused here may have found its place there; and nothing is told twice.
-        placed = {name for merge in merges if merge.enabled for name in merge.absorbs}
-        for refusal in found.refused:
-            if refusal.layers[-1] not in placed and refusal.layers not in {r.layers for r in refused}:
-                refused.append(refusal)
-    return Proposal(select(net, Plan(net.name, tuple(merges)), only, skip), refused)
+        told = {refusal.layers for refusal in refused}
+        refused = refused + [refusal for refusal in found.refused if refusal.layers not in told]
+    plan = select(net, Plan(net.name, tuple(merges)), only, skip)
+    # A layer refused here may have found its place there, or its offer been taken.
+    placed = {name for merge in (*merges, *plan.active) if merge.enabled for name in merge.absorbs}
+    return Proposal(plan, [refusal for refusal in refused if refusal.layers[-1] not in placed])
 
 
 def select(

@@ -126,13 +126,25 @@ class Result:
                 raise RebirthError(f"{path}: is a directory; give another --out")
             if path.exists() and any(path.samefile(source) for source in self.sources if source.exists()):
                 raise RebirthError(f"{path}: was read as input and would be replaced; give another --out")
+        strange = [name for name in self._files() if (out / name).exists()]
+        if strange and not _is_ours(out):
+            raise RebirthError(f"{out / strange[0]}: is not from an earlier run; give another --out")
+
+    def _files(self) -> list[str]:
+        """The files there are to write, of FILES."""
+        absent = {
+            "train_val.prototxt": not is_trainable(self.net),
+            "weights.caffemodel": not any(layer.blobs for layer in self.net.layers),
+        }
+        return [name for name in FILES if not absent.get(name, False)]
 
     def _write_into(self, folder: Path) -> list[str]:
         """Write every file there is to write; their names."""
         self.deploy.write(folder / "deploy.prototxt")
-        if is_trainable(self.net):
+        files = self._files()
+        if "train_val.prototxt" in files:
             self.net.write(folder / "train_val.prototxt")
-        if any(layer.blobs for layer in self.net.layers):
+        if "weights.caffemodel" in files:
             self.net.write_weights(folder / "weights.caffemodel")
         (folder / "plan.yaml").write_text(plans.dump(self.plan), "utf-8")
         (folder / "report.json").write_text(json.dumps(self.report(), indent=2) + "\n", "utf-8")
@@ -146,7 +158,7 @@ def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
 
     The other files of an earlier run go: they do not belong to these.
     """
-    ours = all((out / name).exists() for name in ("plan.yaml", "report.json"))
+    ours = _is_ours(out)
     before = work / "before"
     before.mkdir()
     with ExitStack() as undo:
@@ -158,6 +170,11 @@ def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
                 undo.callback(_remove, out / name)
                 (work / name).replace(out / name)
         undo.pop_all()
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether an earlier run wrote this directory."""
+    return all((out / name).exists() for name in ("plan.yaml", "report.json"))
 
 
 def _remove(path: Path) -> None:

@@ -158,7 +158,8 @@ def _exact(merges: list[Merge]) -> list[str]:
 
 def _left_out(result: Result) -> list[str]:
     """Merges the plan knows, but was told not to make."""
-    left = [merge.id for merge in result.plan.merges if merge.note.startswith("left out")]
+    replaced = {merge.instead_of for merge in result.plan.active}
+    left = [m.id for m in result.plan.merges if m.note.startswith("left out") and m.id not in replaced]
     return [f"left out as asked: {_some(left)}"] if left else []
 
 

@@ -192,3 +192,12 @@ def test_only_and_skip_know_steps_and_merges_and_say_what_there_is():
         plans.propose(net, only=["x"])
     resnet = Net.load(ZOO / "resnet_50/deploy.prototxt")
     assert [m.id for m in plans.propose(resnet, only=["conv1"]).plan.active] == ["fold:conv1", "conv1"]
+
+
+def test_an_offer_that_is_taken_is_not_refused_too():
+    net = Net.load(CAFFENET)
+    refused = [refusal.layers for refusal in plans.propose(net).refused]
+    assert ("conv1", "pool1") in refused
+    taken = plans.propose(net, only=["conv1+pool1"])
+    assert ("conv1", "pool1") not in [refusal.layers for refusal in taken.refused]
+    assert ("conv2", "pool2") in [refusal.layers for refusal in taken.refused]

@@ -933,3 +933,12 @@ def test_the_zoo_reborn_runs_in_real_caffe(name, kind, in_caffe, images, tmp_pat
             if layer.type in ("Convolution", "InnerProduct"):
                 assert len(records[layer.name].blobs) == 2
     shutil.rmtree(tmp_path)
+
+
+def test_force_does_not_replace_what_somebody_else_wrote(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/deploy.prototxt").write_text("mine")
+    said = bad(DEPLOY, "--out", "mine", "--force", cwd=tmp_path)
+    assert said.startswith("mine/deploy.prototxt: is not from an earlier run; give another --out")
+    assert (tmp_path / "mine/deploy.prototxt").read_text() == "mine"
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["deploy.prototxt"]
