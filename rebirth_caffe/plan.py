@@ -331,8 +331,12 @@ def _check_merge(net: Net, merge: Merge) -> None:
         good = len(merge.becomes) == 1 and types[0] in TENSOR and set(types[1:]) <= {"BatchNorm", "Scale"}
         what = "a Convolution or InnerProduct of itself and the BatchNorms and Scales behind it"
         require(good, f"a fold makes {what}; correct it, or its kind")
+    inside = {IN}
     for spec in merge.becomes:
         where = f"layer '{spec.name}'"
+        for name in spec.bottom:
+            require(name in inside, f"{where} reads '{name}', which is neither @in nor given above it")
+        inside.update(spec.top)
         for name in (spec.like, *(row.layer for row in spec.rows if row.layer != IN)):
             require(name in merge.layers, f"{where} is made after '{name}', no layer of this merge")
         kind = net.layer(spec.like).type
@@ -343,6 +347,7 @@ def _check_merge(net: Net, merge: Merge) -> None:
             require(False, f"{where} keeps its weights: no {given[0]} can be given; give it another name")
         odd = [key for key in given if kind == "InnerProduct" and key != "num_output"]
         require(not odd, f"{where} is an InnerProduct: it has no {''.join(odd[:1])}")
+    require(not merge.becomes or OUT in inside, "none of the layers it becomes gives @out")
 
 
 def _set_geometry(tree: Message, like: Layer, spec: Spec, exact: bool) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 from . import plan as plans
 from .cost import Cost, cost
 from .derive import deploy, is_trainable
-from .errors import PlanError, RebirthError
+from .errors import RebirthError
 from .init import METHODS
 from .merge import Merge, Refusal
 from .net import Net
@@ -245,7 +245,7 @@ def rebirth(
         proposal = plans.propose(net, kernel, reduce, exact, only, skip)
     else:
         given = plan if isinstance(plan, Plan) else plans.load(Path(plan))
-        proposal = Proposal(_selected(given, only, skip, exact))
+        proposal = Proposal(plans.select(net, given, only, skip, exact))
     reborn = plans.apply(net, proposal.plan, init, seed)
     after = without_dropout(deploy(reborn))
     return Result(
@@ -267,23 +267,6 @@ def without_dropout(net: Net) -> Net:
     """A deploy net derived from a train_val, which is never trained again; a given one has lost its own."""
     drops = tuple(m for m in plans.propose(net, exact=True).plan.merges if m.kind == "drop")
     return plans.apply(net, Plan(net.name, drops))
-
-
-def _selected(plan: Plan, only: Sequence[str], skip: Sequence[str], exact: bool) -> Plan:
-    """A given plan under --only, --skip and --exact."""
-    known = {name for m in plan.merges for name in (m.id, m.stage) if name}
-    for name in (*only, *skip):
-        if name not in known:
-            raise PlanError(f"the plan has no merge '{name}'; it has {', '.join(sorted(known)) or 'none'}")
-    merges = [
-        replace(m, enabled=False)
-        if {m.id, m.stage} & set(skip)
-        or (exact and not m.exact)
-        or (only and not {m.id, m.stage} & set(only))
-        else m
-        for m in plan.merges
-    ]
-    return Plan(plan.net, tuple(merges))
 
 
 def _cost(c: Cost) -> dict[str, int]:

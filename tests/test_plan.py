@@ -10,6 +10,23 @@ from rebirth_caffe.errors import PlanError
 from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import Net
 from rebirth_caffe.plan import Plan
+from rebirth_caffe.rebirth import rebirth
+from tests.nets import (
+    blobs_of,
+    concat,
+    conv,
+    dropout,
+    fc,
+    layers,
+    lrn,
+    norm,
+    pool,
+    relu,
+    scale,
+    shape,
+    with_weights,
+)
+from tests.nets import net as build
 
 ZOO = Path(__file__).resolve().parent.parent / "prototxts"
 GOOGLENET = ZOO / "bvlc_googlenet/deploy.prototxt"
@@ -58,7 +75,6 @@ def test_what_it_proposes_is_a_plan_a_person_could_have_written(tmp_path):
 
 
 def test_applying_is_deterministic_and_the_seed_counts(tmp_path):
-    net = Net.load(CAFFENET)
     net = Net.parse(TEXT)
     fill_missing(net)
     plan = plans.propose(net).plan
@@ -201,3 +217,207 @@ def test_an_offer_that_is_taken_is_not_refused_too():
     taken = plans.propose(net, only=["conv1+pool1"])
     assert ("conv1", "pool1") not in [refusal.layers for refusal in taken.refused]
     assert ("conv2", "pool2") in [refusal.layers for refusal in taken.refused]
+
+
+# ---- what a person may write ------------------------------------------------------------------------------
+
+
+def small(tmp_path, *edits, text=PLAN):
+    """The small net after PLAN with these edits (old, new)."""
+    for old, new in edits:
+        assert old in text
+        text = text.replace(old, new)
+    return plans.apply(with_weights(Net.parse(TEXT)), given(tmp_path, text))
+
+
+GEOMETRY = "num_output: 4, kernel: [3, 3], stride: [2, 2], pad: [1, 1], group: 1"
+
+
+def test_what_is_not_given_stays_as_it_was(tmp_path):
+    reborn = small(tmp_path, (GEOMETRY, "stride: [2, 2]"))
+    assert shape(reborn, "conv/rebirth") == "4 x 3x3/2 pad 1"
+    assert blobs_of(reborn, "conv/rebirth")[0].shape == (4, 3, 3, 3)
+    with pytest.raises(PlanError, match="blob 'pool' would become"):
+        small(tmp_path, (GEOMETRY, "kernel: [3, 3]"))
+
+
+def test_one_number_stands_for_both_axes(tmp_path):
+    reborn = small(tmp_path, (GEOMETRY, "kernel: 5, stride: 2, pad: 2"))
+    assert shape(reborn, "conv/rebirth") == "4 x 5x5/2 pad 2"
+
+
+def test_another_group_is_obeyed(tmp_path):
+    net = with_weights(Net.parse(TEXT.replace("dim: 3", "dim: 4")))
+    reborn = plans.apply(net, given(tmp_path, PLAN.replace("group: 1", "group: 2")))
+    assert reborn.layer("conv/rebirth").param.convolution_param.group == 2
+    assert blobs_of(reborn, "conv/rebirth")[0].shape == (4, 2, 3, 3)
+    with pytest.raises(PlanError, match="no multiple of group 3"):
+        plans.apply(net, given(tmp_path, PLAN.replace("group: 1", "group: 3")))
+
+
+def test_a_smaller_kernel_is_cut_out_of_the_old_one(tmp_path):
+    original = with_weights(Net.parse(TEXT))
+    reborn = small(tmp_path, ("kernel: [3, 3]", "kernel: [1, 1]"), ("pad: [1, 1]", "pad: [0, 0]"))
+    kernel = blobs_of(reborn, "conv/rebirth")[0]
+    assert (kernel[:, :, 0, 0] == blobs_of(original, "conv")[0][:, :, 1, 1]).all()
+
+
+def test_rows_may_be_placed_by_hand(tmp_path):
+    edits = (("kernel: [3, 3]", "kernel: [5, 5]"), ("pad: [1, 1]", "pad: [2, 2]"))
+    rows = ("group: 1}", "group: 1, rows: [{layer: conv, at: [2, 0]}]}")
+    kernel = blobs_of(small(tmp_path, *edits, rows), "conv/rebirth")[0]
+    assert (kernel[:, :, 2:, :3] == blobs_of(with_weights(Net.parse(TEXT)), "conv")[0]).all()
+    assert not kernel[:, :, :2].any()
+    assert not kernel[:, :, :, 3:].any()
+
+
+def test_layers_taken_away_by_hand(tmp_path):
+    """A merge that becomes nothing: who read what it gave reads what it read."""
+    body = [
+        conv("c", "data", 4),
+        relu("r", "c", "r"),
+        dropout("d", "r", "d"),
+        conv("e", "d", 4),
+        fc("fc", "e"),
+    ]
+    text = "version: 1\nnet: x\nmerges:\n- {id: gone, kind: streamline, absorbs: [r, d], becomes: []}\n"
+    reborn = plans.apply(build(*body), given(tmp_path, text))
+    assert layers(reborn) == ["c", "e", "fc"]
+    assert reborn.layer("e").bottom == ("c",)
+
+
+def test_a_merge_may_build_upon_another(tmp_path):
+    text = PLAN + (
+        "- id: again\n  kind: streamline\n  absorbs: [conv/rebirth]\n  becomes:\n"
+        "  - {name: conv/last, like: conv/rebirth, bottom: ['@in'], top: ['@out'], kernel: 5, pad: 2}\n"
+    )
+    assert layers(small(tmp_path, text=text)) == ["conv/last", "relu", "fc"]
+    net, plan = Net.parse(TEXT), given(tmp_path, text)
+    assert [m.id for m in plans.select(net, plan, only=["again"]).active] == ["conv", "again"]
+    with pytest.raises(PlanError, match="'again': the net has no layer 'conv/rebirth' at this point"):
+        plans.apply(net, plans.select(net, plan, skip=["conv"]))
+
+
+FOLD = """
+version: 1
+net: x
+merges:
+- id: f
+  kind: fold
+  absorbs: [c, n]
+  becomes:
+  - {name: c/folded, like: c, bottom: ['@in'], top: ['@out']}
+"""
+BODY = [conv("c", "data", 4, 3), norm("n", "c"), relu("r", "c"), pool("p", "c"), lrn("l", "p"), fc("fc", "l")]
+NO_FOLD = (
+    "merge 'f': a fold makes a Convolution or InnerProduct of itself and the BatchNorms"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("absorbs: [c, n]", "absorbs: [c, n, r]", NO_FOLD),
+        ("absorbs: [c, n]", "absorbs: [n]", NO_FOLD),
+        ("  becomes:\n  - {name: c/folded, like: c, bottom: ['@in'], top: ['@out']}", "  becomes: []",
+         NO_FOLD),
+        ("kind: fold\n  absorbs: [c, n]", "kind: drop\n  absorbs: [c, n]",
+         "merge 'f': a drop removes a Dropout, nothing else"),
+        ("name: c/folded, ", "name: c/folded, num_output: 5, ",
+         "layer 'c/folded' keeps its weights: no num_output can be given"),
+        ("name: c/folded, like: c,", "name: c, kernel: 5,",
+         "layer 'c' keeps its weights: no kernel can be given; give it another name"),
+        ("like: c,", "like: p,", "layer 'c/folded' is made after 'p', no layer of this merge"),
+        ("like: c,", "like: c, rows: [{layer: p}],",
+         "layer 'c/folded' is made after 'p', no layer of this merge"),
+        ("kind: fold\n  absorbs: [c, n]\n  becomes:\n  - {name: c/folded, like: c",
+         "kind: streamline\n  absorbs: [p]\n  becomes:\n  - {name: q, like: p",
+         "layer 'q' is made after 'p', a Pooling; only a Convolution or InnerProduct can be reborn"),
+        ("kind: fold\n  absorbs: [c, n]\n  becomes:\n  - {name: c/folded, like: c",
+         "kind: streamline\n  absorbs: [fc]\n  becomes:\n  - {name: q, stride: 2, like: fc",
+         "layer 'q' is an InnerProduct: it has no stride"),
+        ("kind: fold\n  absorbs: [c, n]", "kind: streamline\n  absorbs: [c, p]",
+         "merge 'f' reads c, data; a merge reads exactly one blob from outside"),
+        ("top: ['@out']", "top: [elsewhere]", "merge 'f': none of the layers it becomes gives @out"),
+        ("bottom: ['@in']", "bottom: [l]",
+         "layer 'c/folded' reads 'l', which is neither @in nor given above it"),
+    ],
+)  # fmt: skip
+def test_what_a_merge_cannot_say(tmp_path, old, new, said):
+    assert old in FOLD
+    assert plans.apply(with_weights(build(*BODY)), given(tmp_path, FOLD)).layer("c/folded").blobs
+    with pytest.raises(PlanError) as refused:
+        plans.apply(with_weights(build(*BODY)), given(tmp_path, FOLD.replace(old, new)))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_one_blob_in_and_one_out(tmp_path):
+    second = [*BODY[:4], fc("other", "p"), *BODY[4:]]
+    text = FOLD.replace("kind: fold\n  absorbs: [c, n]", "kind: streamline\n  absorbs: [c, n, r, p, l]")
+    with pytest.raises(PlanError, match="'f' gives l, p; other layers may read exactly one of its blobs"):
+        plans.apply(build(*second), given(tmp_path, text))
+
+
+def test_a_kept_layer_whose_weights_no_longer_fit(tmp_path):
+    """By hand: the reducer shrinks, and what reads it keeps its name and its weights."""
+    block = build(
+        conv("t", "data", 16), conv("a", "t", 8), conv("r", "t", 16), conv("b", "r", 8, 3, "pad: 1"),
+        concat("j", "a b"), fc("fc", "j"),
+    )  # fmt: skip
+    text = (
+        "version: 1\nnet: x\nmerges:\n- id: m\n  kind: branches\n  absorbs: [r]\n  becomes:\n"
+        "  - {name: r/rebirth, like: r, bottom: ['@in'], top: [r/rebirth], num_output: 8}\n"
+        "  - {name: b, bottom: [r/rebirth], top: ['@out']}\n"
+    )
+    plan = given(tmp_path, text)
+    plans.apply(block, plan)  # a net without weights may learn it
+    with pytest.raises(PlanError, match="layer 'b' blob 0 is 8x16x3x3, the net needs 8x8x3x3"):
+        plans.apply(with_weights(block), plan)
+
+
+def test_a_plan_for_another_net():
+    plan = plans.propose(Net.load(GOOGLENET)).plan
+    with pytest.raises(PlanError, match="is the plan for this net"):
+        plans.apply(Net.load(CAFFENET), plan)
+
+
+def test_names_that_yaml_would_take_for_something_else(tmp_path):
+    names = {"c": "010", "n": "yes", "p": "1e3", "r": "null", "l": "a: b #c"}
+    text = build(*BODY).text()
+    for old, new in names.items():
+        text = text.replace(f'"{old}"', f'"{new}"')
+    plan = plans.propose(Net.parse(text)).plan
+    assert plan.merges
+    assert given(tmp_path, plans.dump(plan)) == plan
+
+
+# ---- what builds upon what --------------------------------------------------------------------------------
+
+
+def test_only_brings_what_clears_the_way():
+    """A Dropout between what merges is taken away first, and so are the BatchNorm and Scale."""
+    body = [
+        conv("c", "data", 4, 3), norm("n", "c"), scale("s", "c"), dropout("d", "c", "d"),
+        dropout("e", "d", "e"), pool("p", "e"), conv("f", "p", 4), dropout("g", "f", "g"), fc("fc", "g"),
+    ]  # fmt: skip
+    net = with_weights(build(*body))
+    proposal = plans.propose(net)
+    assert [m.id for m in proposal.plan.active] == ["fold:c", "drop:d", "drop:e", "drop:g", "c"]
+    only = plans.select(net, proposal.plan, only=["c"])
+    assert [m.id for m in only.active] == ["fold:c", "drop:d", "drop:e", "c"]
+    assert [m.note for m in only.merges if not m.enabled] == ["left out by --only"]
+    assert layers(plans.apply(net, only)) == ["c/rebirth", "f", "g", "fc"]
+    exact = plans.select(net, proposal.plan, exact=True)
+    assert [m.id for m in exact.active] == ["fold:c", "drop:d", "drop:e", "drop:g"]
+    skipped = plans.propose(net, skip=["fold:c"])
+    assert layers(plans.apply(net, skipped.plan)) == ["c/rebirth", "f", "fc"]
+
+
+def test_a_given_plan_is_chosen_from_in_the_same_way():
+    path = ZOO / "resnet_50/deploy.prototxt"
+    plan = plans.propose(Net.load(path)).plan
+    assert [m.id for m in rebirth(path, plan=plan, only=["conv1"]).merges] == ["fold:conv1", "conv1"]
+    assert {m.kind for m in rebirth(path, plan=plan, exact=True).merges} == {"fold"}
+    plan = plans.propose(Net.load(CAFFENET)).plan
+    assert [m.id for m in rebirth(CAFFENET, plan=plan, only=["conv1+pool1"]).merges] == ["conv1+pool1"]

@@ -594,7 +594,7 @@ def test_a_plan_of_something_else(tmp_path):
     )
     (tmp_path / "plan.yaml").write_text(PLAN.replace("merges:", "merges: []"))
     said = bad(DEPLOY, "--plan", "plan.yaml", "--only", "3a", cwd=tmp_path)
-    assert said == "the plan has no merge '3a'; it has none"
+    assert said == "no merge is called '3a'; there are none"
 
 
 @pytest.mark.parametrize(

@@ -102,9 +102,10 @@ def _taps(weight: Array) -> Array:
 
 def _through(weight: Array, bias: Array, group: int, source: _Blob) -> _Blob:
     """The blob that a layer makes of ``source``."""
-    if group > 1 or not source.known:
-        return _Blob(len(weight), known=False)
     taps = _taps(weight)
+    fits = source.matrix is None or taps.shape[1] == len(source.matrix)
+    if group > 1 or not source.known or not fits:
+        return _Blob(len(weight), known=False)
     if source.matrix is None or source.shift is None:
         return _Blob(len(weight), matrix=taps, shift=bias)
     return _Blob(len(weight), matrix=taps @ source.matrix, shift=bias + taps @ source.shift)
