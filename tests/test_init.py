@@ -6,11 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rebirth_caffe import plan as plans
+from rebirth_caffe.caffemodel import read
 from rebirth_caffe.errors import NetError
 from rebirth_caffe.init.fill import fill, fill_missing, generator
+from rebirth_caffe.merge import Merge, Spec
 from rebirth_caffe.net import Net
+from rebirth_caffe.plan import Plan
 from rebirth_caffe.rebirth import rebirth
 from rebirth_caffe.schema import caffe_pb2
+from tests.nets import concat, conv, fc, lrn, norm, pool, relu, with_weights
+from tests.nets import net as build
+from tests.nets import rebirth as merge
 
 ZOO = Path(__file__).resolve().parent.parent / "prototxts"
 GOOGLENET = ZOO / "bvlc_googlenet/deploy.prototxt"
@@ -89,6 +96,128 @@ def test_xavier_draws_what_the_paper_starts_from(weights):
     other = rebirth(GOOGLENET, weights, init="xavier", seed=1).net
     assert np.array_equal(blobs(again, "inception_4e/3x3/rebirth")[0], weight)
     assert not np.array_equal(blobs(other, "inception_4e/3x3/rebirth")[0], weight)
+
+
+def test_untouched_layers_keep_their_bytes_through_the_files(weights, tmp_path):
+    """From caffemodel to caffemodel: the whole record, whatever its layer's neighbours became."""
+    result = rebirth(GOOGLENET, weights)
+    result.write(tmp_path / "out")
+    before, after = read(weights).by_name(), read(tmp_path / "out" / "weights.caffemodel").by_name()
+    merged = {name for m in result.merges for name in m.layers}
+    made = {spec.name for m in result.merges for spec in m.becomes if not spec.kept}
+    kept = [name for name, record in before.items() if record.blobs and name not in merged]
+    assert {"conv2/3x3_reduce", "loss3/classifier"} <= set(kept)
+    for name in kept:
+        assert after[name].raw == before[name].raw
+    for name in (f"inception_{block}/5x5_reduce" for block in ("3a", "4e", "5b")):  # kept in a merge
+        assert [b.wire() for b in after[name].blobs] == [b.wire() for b in before[name].blobs]
+    assert {name for name, record in after.items() if record.blobs and name not in before} == made
+
+
+def test_the_same_seed_gives_the_same_bytes(weights, tmp_path):
+    files: list[bytes] = []
+    for seed in (0, 0, 1):
+        path = tmp_path / str(len(files))
+        rebirth(GOOGLENET, weights, init="xavier", seed=seed).net.write_weights(path)
+        files.append(path.read_bytes())
+    assert files[0] == files[1] != files[2]
+
+
+def block(*branches):
+    """A trunk of 8 channels, these branches of it and a classifier; the last layer of each gives its name."""
+    tops = " ".join(Net.parse(branch[-1]).layers[0].top[0] for branch in branches)
+    body = [conv("trunk", "data", 8), relu("r", "trunk"), *(x for branch in branches for x in branch)]
+    return with_weights(build(*body, concat("join", tops), fc("fc", "join")))
+
+
+def joined(one):
+    """The block merged, were it only an offer."""
+    (offer,) = (m for m in plans.propose(one).plan.merges if m.kind == "branches")
+    return merge(one, only=[offer.id])[1]
+
+
+def test_a_pool_without_a_projection_passes_its_input_on():
+    """Its rows are the identity, seen through what reduces the absorber's input."""
+    passed = [pool("p", "trunk", 3, 1, "pad: 1")]
+    direct = block([conv("b", "trunk", 6, 3, "pad: 1")], passed)
+    weight, bias = blobs(joined(direct), "b/rebirth")
+    assert np.array_equal(weight[:6], blobs(direct, "b")[0])
+    assert np.array_equal(weight[6:, :, 1, 1], np.eye(8))
+    assert np.count_nonzero(weight[6:]) == 8
+    assert not bias[6:].any()
+    before = block(passed, [conv("b", "trunk", 6, 3, "pad: 1")])
+    weight, _ = blobs(joined(before), "b/rebirth")
+    assert np.array_equal(weight[:8, :, 1, 1], np.eye(8))
+    assert np.array_equal(weight[8:], blobs(before, "b")[0])
+    reduced = block([conv("a", "trunk", 12), conv("b", "a", 6, 3, "pad: 1")], passed)
+    weight, bias = blobs(joined(reduced), "b/rebirth")
+    reducer, shift = blobs(reduced, "a")
+    assert np.allclose(weight[6:, :, 1, 1] @ reducer[:, :, 0, 0], np.eye(8), atol=1e-4)
+    assert np.allclose(bias[6:], -weight[6:, :, 1, 1] @ shift, atol=1e-5)
+
+
+def test_a_longer_absorbed_branch_is_one_matrix():
+    """1x1 -> 1x1 beside 3x3: the product, and the biases through it."""
+    one = block([conv("a1", "trunk", 5), conv("a2", "a1", 4)], [conv("b", "trunk", 6, 3, "pad: 1")])
+    weight, bias = blobs(joined(one), "b/rebirth")
+    (w1, b1), (w2, b2) = blobs(one, "a1"), blobs(one, "a2")
+    assert np.allclose(weight[:4, :, 1, 1], w2[:, :, 0, 0] @ w1[:, :, 0, 0], atol=1e-6)
+    assert np.allclose(bias[:4], w2[:, :, 0, 0] @ b1 + b2, atol=1e-6)
+
+
+def test_what_cannot_be_inherited_is_drawn_in_its_place():
+    """Through groups nothing is inherited: the rows of the absorbed branch come from the filler."""
+    grouped = [conv("a", "trunk", 16, 1, "group: 2"), conv("b", "a", 6, 3, "pad: 1"), relu("b_relu", "b")]
+    one = block([conv("c", "trunk", 4), relu("c_relu", "c")], grouped)
+    weight, bias = blobs(joined(one), "b/rebirth")
+    assert np.array_equal(weight[4:], blobs(one, "b")[0])
+    limit = math.sqrt(3 / (16 * 9))
+    assert 0.8 * limit < np.abs(weight[:4]).max() <= limit
+    assert not bias[:4].any()
+
+
+def test_layers_without_weights_stay_without():
+    one = block([conv("c", "trunk", 4)], [conv("a", "trunk", 16), conv("b", "a", 6, 3, "pad: 1")])
+    one.layer("b").record = None
+    reborn = joined(one)
+    assert not reborn.layer("b/rebirth").blobs
+    assert reborn.layer("a/rebirth").blobs
+    one = block([conv("c", "trunk", 4)], [conv("a", "trunk", 16), conv("b", "a", 6, 3, "pad: 1")])
+    one.layer("c").record = None  # then its rows are drawn
+    weight, _ = blobs(joined(one), "b/rebirth")
+    assert weight[:4].any()
+
+
+def test_no_bias_stays_no_bias():
+    body = [conv("c", "data", 4, 3, "bias_term: false"), lrn("n", "c"), fc("fc", "n")]
+    for init in ("inherit", "xavier"):
+        reborn = merge(with_weights(build(*body)), init)[1].layer("c/rebirth")
+        assert len(reborn.blobs) == 1
+        assert not reborn.param.convolution_param.bias_term
+
+
+@pytest.mark.parametrize("more", ["", "transpose: true"])
+def test_an_inner_product_keeps_its_matrix(more):
+    body = [fc("c", "data", 6, more), relu("r", "c"), norm("n", "c"), fc("fc", "c")]
+    one = with_weights(build(*body))
+    weight, bias = blobs(merge(one)[1], "c/rebirth")
+    assert np.array_equal(weight, blobs(one, "c")[0])
+    assert np.array_equal(bias, blobs(one, "c")[1])
+    drawn, _ = blobs(merge(one, "xavier")[1], "c/rebirth")
+    assert drawn.shape == weight.shape
+    assert np.abs(drawn).max() <= math.sqrt(3 / (3 * 16 * 16))
+
+
+def test_a_wider_layer_by_hand_keeps_what_it_had():
+    one = with_weights(build(conv("c", "data", 4, 3), lrn("n", "c"), conv("d", "n", 4), fc("fc", "d")))
+    (m,) = plans.propose(one).plan.merges
+    wide = Spec("c/rebirth", "c", ("@in",), ("c/rebirth",), 6, rows=m.becomes[0].rows)
+    back = Spec("d/rebirth", "d", ("c/rebirth",), ("@out",), 4)
+    plan = Plan("x", (Merge("m", "streamline", "m", ("c", "n", "d"), (wide, back)),))
+    reborn = plans.apply(one, plan)
+    assert np.array_equal(blobs(reborn, "c/rebirth")[0][:4], blobs(one, "c")[0])
+    assert blobs(reborn, "c/rebirth")[0][4:].any()
+    assert blobs(reborn, "d/rebirth")[0].shape == (4, 6, 1, 1)
 
 
 def test_without_weights_there_are_none():

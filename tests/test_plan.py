@@ -309,9 +309,7 @@ merges:
   - {name: c/folded, like: c, bottom: ['@in'], top: ['@out']}
 """
 BODY = [conv("c", "data", 4, 3), norm("n", "c"), relu("r", "c"), pool("p", "c"), lrn("l", "p"), fc("fc", "l")]
-NO_FOLD = (
-    "merge 'f': a fold makes a Convolution or InnerProduct of itself and the BatchNorms"
-)
+NO_FOLD = "merge 'f': a fold makes a Convolution or InnerProduct of itself and the BatchNorms"
 
 
 @pytest.mark.parametrize(
