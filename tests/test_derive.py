@@ -6,9 +6,11 @@ import pytest
 
 from rebirth_caffe.derive import deploy, is_trainable
 from rebirth_caffe.errors import NetError
+from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import TEST, Net
 from rebirth_caffe.rebirth import without_dropout
 from rebirth_caffe.shapes import all_param_shapes, infer
+from tests.nets import compute, difference, with_weights
 
 ZOO = Path(__file__).resolve().parent.parent / "prototxts"
 NETS = ("bvlc_googlenet", "bvlc_reference_caffenet", "bvlc_alexnet", "resnet_50")
@@ -105,3 +107,103 @@ def test_images_of_unknown_size_are_refused():
     net = Net.parse(text)
     net.image = (3, 20, 30)
     assert sizes(deploy(net))[0]["data"] == (1, 3, 20, 30)
+
+
+# ---- what else a train_val may hold -----------------------------------------------------------------------
+
+SOFTMAX = 'layer {{ name: "{0}" type: "SoftmaxWithLoss" bottom: "conv" bottom: "label" top: "{0}" {1} }}\n'
+ACCURACY = 'layer { name: "acc" type: "Accuracy" bottom: "conv" bottom: "label" top: "acc" }\n'
+
+
+def names(net):
+    return [(layer.name, layer.type) for layer in net.layers]
+
+
+def test_a_loss_of_training_only():
+    made = deploy(Net.parse(DATA + CONV + SOFTMAX.format("loss", "include { phase: TRAIN }") + ACCURACY))
+    assert names(made) == [("data", "Input"), ("conv", "Convolution"), ("prob", "Softmax")]
+
+
+def test_a_net_that_is_only_tested():
+    made = deploy(Net.parse(DATA + CONV + ACCURACY))
+    assert names(made) == [("data", "Input"), ("conv", "Convolution")]
+
+
+def test_a_name_that_is_taken():
+    text = DATA + CONV.replace('"conv"', '"prob"') + SOFTMAX.format("loss", "").replace('"conv"', '"prob"')
+    made = deploy(Net.parse(text))
+    assert names(made) == [("data", "Input"), ("prob", "Convolution"), ("loss", "Softmax")]
+    assert made.layers[-1].bottom == ("prob",)
+    assert made.layers[-1].top == ("loss",)
+
+
+def test_the_axis_of_the_softmax():
+    made = deploy(Net.parse(DATA + CONV + SOFTMAX.format("loss", "softmax_param { axis: 2 }")))
+    assert made.layers[-1].param.softmax_param.axis == 2
+    made = deploy(Net.parse(DATA + CONV + SOFTMAX.format("loss", "")))
+    assert "softmax_param" not in made.layers[-1].text
+
+
+def test_another_loss_has_no_head():
+    made = deploy(Net.parse(DATA + CONV + SOFTMAX.format("loss", "").replace("SoftmaxWith", "Hinge")))
+    assert names(made) == [("data", "Input"), ("conv", "Convolution")]
+
+
+def test_nothing_between_data_and_loss():
+    text = DATA + SOFTMAX.format("loss", "").replace('"conv"', '"data"')
+    with pytest.raises(NetError, match="has no layers between its data and its loss"):
+        deploy(Net.parse(text))
+
+
+def test_weights_go_with_their_layers():
+    net = Net.load(ZOO / "bvlc_reference_caffenet/train_val.prototxt")
+    fill_missing(net)
+    made = deploy(net)
+    for layer in made.layers:
+        if layer.type not in ("Input", "Softmax"):
+            assert layer.blobs == net.layer(layer.name).blobs
+
+
+RULED = """layer {
+  name: "conv"
+  type: "Convolution"  # as it was
+  bottom: "data" top: "conv" include { stage: "train" }
+  include {
+    stage: "val"
+  }
+  convolution_param { num_output: 4 kernel_size: 3 }
+}
+"""
+
+
+@pytest.mark.parametrize("phase", [0, 1])
+def test_rules_that_would_hide_a_layer_go_and_its_text_stays(in_caffe, tmp_path, phase):
+    """As in the files of DIGITS: nothing is in a net without a stage, but a deploy net has none."""
+    stages = 'include { stage: "train" } include { stage: "val" } '
+    text = DATA.replace("  transform_param", f"  {stages}transform_param") + RULED
+    text += SOFTMAX.format("loss", stages)
+    made = deploy(Net.parse(text))
+    assert names(made) == [("data", "Input"), ("conv", "Convolution"), ("prob", "Softmax")]
+    wanted = RULED.replace(' include { stage: "train" }\n  include {\n    stage: "val"\n  }', "")
+    assert made.layer("conv").text == wanted
+    made.write(tmp_path / "deploy.prototxt")
+    found = in_caffe.net(tmp_path / "deploy.prototxt", phase)
+    assert found["blobs"] == {"data": [1, 3, 12, 12], "conv": [1, 4, 10, 10], "prob": [1, 4, 10, 10]}
+
+
+def test_rules_that_a_deploy_net_meets_stay():
+    text = DATA + CONV.replace("  convolution_param", '  exclude { stage: "x" } convolution_param')
+    made = deploy(Net.parse(text + SOFTMAX.format("loss", "")))
+    assert 'exclude { stage: "x" }' in made.layer("conv").text
+
+
+@pytest.mark.parametrize("name", ["bvlc_googlenet", "resnet_50"])
+def test_it_computes_what_the_train_val_computes(in_caffe, tmp_path, name):
+    """In TEST, on the same image: the deployed net's scores are those the main loss reads."""
+    net = with_weights(Net.load(ZOO / name / "train_val.prototxt"), seed=1)
+    scores = deploy(net).layers[-1].bottom[0]
+    shipped = Net.load(ZOO / name / "deploy.prototxt")
+    for layer in shipped.layers:
+        layer.record = next((x.record for x in net.layers if x.name == layer.name), None)
+    made, wanted = compute(in_caffe, tmp_path, [without_dropout(deploy(net)), shipped])
+    assert difference(wanted[scores][:1], made[scores]) < 1e-5  # the zoo takes ten at a time
