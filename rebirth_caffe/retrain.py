@@ -35,16 +35,15 @@ from . import prototxt
 from .cost import cost
 from .data import lmdb_info
 from .derive import deploy
-from .engines.caffe import Caffe, CaffeEngine
 from .engines.training import (
     Diverged,
     Run,
     Snapshot,
+    Trainer,
     check_snapshot,
     newest_snapshot,
     several,
     snapshot_files,
-    train,
 )
 from .errors import PlanError, RebirthError
 from .evaluate import Accuracy, NotFinite, Transform, evaluate_net
@@ -116,7 +115,7 @@ class Step:
 
 
 def retrain(
-    home: Path, options: Options, caffe: Caffe, tell: Tell = lambda what, details: None, until: str = ""
+    home: Path, options: Options, trainer: Trainer, tell: Tell = lambda what, details: None, until: str = ""
 ) -> Outcome | None:
     """Train every step of the plan in ``home``, or go on where a run was stopped.
 
@@ -133,7 +132,7 @@ def retrain(
             )
     try:
         with sole_user(home / "retrain") as lock:
-            return _Run(home, options, caffe, tell, lock, until).all()
+            return _Run(home, options, trainer, tell, lock, until).all()
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -171,11 +170,10 @@ class _Run:
     """One process at work on a directory."""
 
     def __init__(
-        self, home: Path, options: Options, caffe: Caffe, tell: Tell, lock: int, until: str = ""
+        self, home: Path, options: Options, trainer: Trainer, tell: Tell, lock: int, until: str = ""
     ) -> None:
-        self.home, self.options, self.caffe, self.tell = home, options, caffe, tell
+        self.home, self.options, self.trainer, self.tell = home, options, trainer, tell
         self.lock, self.until = lock, until
-        self.engine = CaffeEngine(caffe)
         self.plan = plans.load(home / "plan.yaml")
         self.settings = _Settings.read(home)
         self.template = prototxt.read_text(home / "original/solver.prototxt")
@@ -267,7 +265,7 @@ class _Run:
         return evaluate_net(
             net,
             layer.param.data_param.source,
-            self.engine,
+            self.trainer.engine,
             Transform.of(layer),
             self.options.threads,
             lambda done, total: self.tell("testing", {"what": what, "done": done, "of": total}),
@@ -398,8 +396,7 @@ class _Run:
             (self.home / files.solver).write_bytes(prototxt.encode(solver_text(self.template, schedule)))
             told = _Told(self.tell, step)
             begun = monotonic()
-            train(
-                self.caffe,
+            self.trainer.train(
                 Run(
                     home=self.home,
                     solver=files.solver,

@@ -21,6 +21,7 @@ from rebirth_caffe import retrain as module
 from rebirth_caffe.engines import training
 from rebirth_caffe.engines.caffe import Caffe
 from rebirth_caffe.engines.training import (
+    CaffeTrainer,
     Diverged,
     Run,
     Snapshot,
@@ -56,7 +57,7 @@ def unkilled(tmp_path_factory, caffe, fashion):
 
     def make(folder: Path) -> None:
         home = tiny.reborn(fashion, folder / "home")
-        retrain(home, OPTIONS, caffe)
+        retrain(home, OPTIONS, CaffeTrainer(caffe))
 
     return tiny.once(tiny.shared_folder(tmp_path_factory) / "unkilled", make) / "home"
 
@@ -153,9 +154,13 @@ class TestKilled:
 
     def test_each_segment_goes_on_in_the_data_where_the_last_one_stopped(self, home, caffe, monkeypatch):
         runs: list[Run] = []
-        monkeypatch.setattr(module, "train", recorder(runs))
+        monkeypatch.setattr(training, "train", recorder(runs))
         monkeypatch.setattr(module, "evaluate_net", lambda *_, **__: Accuracy(0.5, 0.9, 1.0, 200))
-        retrain(home, dataclasses.replace(OPTIONS, iterations=50, segment=8, final_iterations=0), caffe)
+        retrain(
+            home,
+            dataclasses.replace(OPTIONS, iterations=50, segment=8, final_iterations=0),
+            CaffeTrainer(caffe),
+        )
         batches = 21  # of 16 in 330 images
         assert [r.skip for r in runs] == [i % batches for i in (0, 8, 16, 24, 32, 40, 48)] * 2
         assert [r.until for r in runs] == [8, 16, 24, 32, 40, 48, 50] * 2
@@ -171,7 +176,7 @@ class TestKilled:
                 assert dies(home, caffe, number, place), f"{place} line {number}"
                 whole = (home / "retrain/journal.jsonl").read_bytes().count(b"\n")
                 assert whole == number + (place == "after"), f"{place} line {number}"
-        assert retrain(home, OPTIONS, caffe) is not None
+        assert retrain(home, OPTIONS, CaffeTrainer(caffe)) is not None
         same_end(home, unkilled)
 
     def test_the_command_killed_while_caffe_trains_and_while_it_writes(self, tmp_path, fashion, unkilled):
@@ -212,14 +217,14 @@ class TestKilled:
         (tmp_path / "else where").mkdir()
         home.rename(tmp_path / "else where/moved")
         monkeypatch.chdir(tmp_path / "else where")
-        assert retrain(Path("moved"), OPTIONS, caffe) is not None
+        assert retrain(Path("moved"), OPTIONS, CaffeTrainer(caffe)) is not None
         same_end(Path("moved"), unkilled)
 
     def test_a_finished_run_does_nothing_again(self, finished, unkilled, caffe, monkeypatch):
-        monkeypatch.setattr(module, "train", None)
+        monkeypatch.setattr(training, "train", None)
         monkeypatch.setattr(module, "evaluate_net", None)
         stamps = {p: p.stat().st_mtime_ns for p in (finished / "final").iterdir()}
-        again = retrain(finished, OPTIONS, caffe)
+        again = retrain(finished, OPTIONS, CaffeTrainer(caffe))
         assert again is not None
         assert again.to_json() == json.loads((unkilled / "final/accuracy.json").read_text())
         assert {p: p.stat().st_mtime_ns for p in (finished / "final").iterdir()} == stamps
@@ -252,14 +257,14 @@ class TestKilled:
                         remove(path, **options)
 
                     patch.setattr(shutil, "rmtree", halfway)
-                    retrain(finished, OPTIONS, caffe)
+                    retrain(finished, OPTIONS, CaffeTrainer(caffe))
                 os._exit(0)
             os.waitpid(pid, 0)
             if (finished / "final").exists():
                 assert (finished / "final/plan.yaml").exists()
                 whole = (finished / "final/accuracy.json").read_text() != "of a run before"
                 assert whole != (finished / "final/mine.txt").exists()
-        retrain(finished, OPTIONS, caffe)
+        retrain(finished, OPTIONS, CaffeTrainer(caffe))
         for path in (unkilled / "final").iterdir():
             assert (finished / "final" / path.name).read_bytes() == path.read_bytes()
         assert not (finished / "final/mine.txt").exists()
@@ -342,7 +347,7 @@ def dies(home: Path, caffe: Caffe, number: int, place: str) -> bool:
 
     Journal.add = add  # type: ignore[method-assign]
     try:
-        retrain(home, OPTIONS, caffe)
+        retrain(home, OPTIONS, CaffeTrainer(caffe))
     finally:
         os._exit(0)
 
@@ -426,7 +431,7 @@ class Played:
         self.runs: list[Run] = []
         self.told: list[tuple[str, dict[str, Any]]] = []
         self.left = iter(top1)
-        monkeypatch.setattr(module, "train", recorder(self.runs, losses))
+        monkeypatch.setattr(training, "train", recorder(self.runs, losses))
         monkeypatch.setattr(module, "evaluate_net", self.test)
 
     def test(self, *_: Any, **__: Any) -> Accuracy:
@@ -437,7 +442,9 @@ class Played:
 
     def __call__(self, until: str = "", **options: Any) -> Any:
         given = dataclasses.replace(Options(iterations=6, segment=3), **options)
-        return retrain(self.home, given, self.caffe, lambda w, d: self.told.append((w, dict(d))), until)
+        return retrain(
+            self.home, given, CaffeTrainer(self.caffe), lambda w, d: self.told.append((w, dict(d))), until
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -638,7 +645,12 @@ class TestDivergence:
         home = tiny.reborn(fashion, tmp_path / "home", solver=solver)
         told: list[str] = []
         with pytest.raises(RebirthError, match="step 'conv1' diverged again") as caught:
-            retrain(home, Options(6, segment=6), caffe, lambda what, d: told.append(d.get("text", "")))
+            retrain(
+                home,
+                Options(6, segment=6),
+                CaffeTrainer(caffe),
+                lambda what, d: told.append(d.get("text", "")),
+            )
         assert str(caught.value).count("\n") == 0
         assert sum("starting it again at a tenth" in text for text in told) == 1
 
@@ -659,7 +671,7 @@ class TestSameAsBefore:
         with pytest.raises(
             RebirthError, match=f"this run began {said}go on like that, or remove .*retrain to"
         ):
-            retrain(finished, dataclasses.replace(OPTIONS, **change), caffe)
+            retrain(finished, dataclasses.replace(OPTIONS, **change), CaffeTrainer(caffe))
 
     @pytest.mark.parametrize(
         "name",
@@ -680,12 +692,12 @@ class TestSameAsBefore:
         with pytest.raises(
             RebirthError, match=f"{name}: has changed since this run began; put it back, or rem"
         ):
-            retrain(finished, OPTIONS, caffe)
+            retrain(finished, OPTIONS, CaffeTrainer(caffe))
 
     def test_comments_in_the_plan_may_change(self, finished, caffe):
         with (finished / "plan.yaml").open("a") as file:
             file.write("# seen\n")
-        assert retrain(finished, OPTIONS, caffe) is not None
+        assert retrain(finished, OPTIONS, CaffeTrainer(caffe)) is not None
 
     def test_removing_the_runs_directory_starts_again(self, finished, played, monkeypatch, caffe):
         shutil.rmtree(finished / "retrain")
@@ -754,7 +766,7 @@ class TestRefusals:
     def test_damaged_settings(self, home, caffe, text):
         (home / "original/settings.json").write_text(text)
         with pytest.raises(RebirthError, match=r"settings\.json: damaged; make the directory again"):
-            retrain(home, OPTIONS, caffe)
+            retrain(home, OPTIONS, CaffeTrainer(caffe))
 
     @pytest.mark.parametrize(
         ("flags", "said"),
@@ -790,7 +802,7 @@ class TestRefusals:
         net = home / "original/train_val.prototxt"
         net.write_text(net.read_text().replace("mirror: true", 'mirror: true mean_file: "none"'))
         with pytest.raises(EngineError) as caught:
-            retrain(home, OPTIONS, caffe)
+            retrain(home, OPTIONS, CaffeTrainer(caffe))
         said = str(caught.value)
         assert "retrain/01-conv1/solver.prototxt: Caffe failed: " in said
         assert "mean_file" in said
@@ -801,13 +813,13 @@ class TestRefusals:
 
     def test_a_gpu_that_this_caffe_cannot_use(self, home, caffe):
         with pytest.raises(EngineError, match=r"Caffe failed: .*GPU"):
-            retrain(home, dataclasses.replace(OPTIONS, gpus=("0",)), caffe)
+            retrain(home, dataclasses.replace(OPTIONS, gpus=("0",)), CaffeTrainer(caffe))
 
     def test_a_missing_database_is_named(self, home, caffe):
         net = home / "original/train_val.prototxt"
         net.write_text(net.read_text().replace("test.lmdb", "gone.lmdb"))
         with pytest.raises(RebirthError, match=r"gone\.lmdb: no such database"):
-            retrain(home, OPTIONS, caffe)
+            retrain(home, OPTIONS, CaffeTrainer(caffe))
 
     def test_a_full_disk_is_one_line_and_the_run_goes_on_later(self, home, played, monkeypatch):
         run = played([0.9, 0.9, 0.9, 0.9])
@@ -827,7 +839,7 @@ class TestRefusals:
     def test_a_snapshot_that_caffe_could_not_write_whole(self, home, played, monkeypatch, keep):
         """It does not notice a full disk: we do, and the segment is done again."""
         run = played([0.9, 0.9, 0.9, 0.9])
-        real = vars(module)["train"]
+        real = vars(training)["train"]
 
         def cut(caffe: Caffe, what: Run, progress: Any) -> None:
             real(caffe, what, progress)
@@ -836,7 +848,7 @@ class TestRefusals:
             os.truncate(what.home / made, int(keep * size) if keep != 1 else size - 1)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "train", cut)
+            patch.setattr(training, "train", cut)
             with pytest.raises(EngineError, match="snapshot is missing or not whole; is the disk full"):
                 run()
         assert events(home) == ["begin", "original"]
@@ -881,7 +893,7 @@ class TestTraining:
         run = played([0.9] * 4)
         given: dict[str, Any] = {"gpus": ("0", "1"), "iterations": 30, "segment": 10}
         seen: list[str] = []
-        real = vars(module)["train"]
+        real = vars(training)["train"]
 
         def killed(caffe: Caffe, what: Run, progress: Any) -> None:
             """Leaves whole snapshots at 10 and 20, a torn one at 30, and is killed."""
@@ -892,7 +904,7 @@ class TestTraining:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "train", killed)
+            patch.setattr(training, "train", killed)
             with pytest.raises(KeyboardInterrupt):
                 run(**given)
         run.runs.clear()

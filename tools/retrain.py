@@ -57,6 +57,7 @@ def _points(text: str) -> float:
 def main() -> None:
     args = parse_args()
     from rebirth_caffe.engines.caffe import find_caffe
+    from rebirth_caffe.engines.training import CaffeTrainer
     from rebirth_caffe.retrain import Options, iterations_of, retrain
     from rebirth_caffe.training_report import Screen, draw
 
@@ -76,7 +77,7 @@ def main() -> None:
 
     with Screen() as screen:
         try:
-            outcome = retrain(args.directory, options, find_caffe(args.caffe), tell, args.stage)
+            outcome = retrain(args.directory, options, CaffeTrainer(find_caffe(args.caffe)), tell, args.stage)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from the last snapshot", file=sys.stderr)
             raise

@@ -36,6 +36,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     from rebirth_caffe.engines.caffe import find_caffe
+    from rebirth_caffe.engines.training import CaffeTrainer
     from rebirth_caffe.originals import begin
     from rebirth_caffe.retrain import Options, retrain
     from rebirth_caffe.training_report import Screen, draw
@@ -44,7 +45,7 @@ def main() -> None:
     iterations = begin(args.net, out, args.train_data, args.test_data, args.iterations, args.seed)
     options = Options(1, iterations, segment=args.segment, threads=args.threads)
     with Screen() as screen:
-        outcome = retrain(out, options, find_caffe(args.caffe), screen.tell)
+        outcome = retrain(out, options, CaffeTrainer(find_caffe(args.caffe)), screen.tell)
         draw(out)
         if outcome is not None:
             screen.summary(outcome)

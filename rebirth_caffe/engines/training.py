@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -23,7 +23,8 @@ from google.protobuf.message import DecodeError
 from .. import caffemodel
 from ..errors import EngineError, WeightsError
 from ..schema import caffe_pb2
-from .caffe import Caffe
+from . import Engine
+from .caffe import Caffe, CaffeEngine
 from .child import last_words
 
 TRAINER = Path(__file__).with_name("trainer.py")
@@ -66,6 +67,32 @@ class Run:
     log: str | None = None  # all that Caffe says goes there, too
     python_layers: bool = False  # whether the net has any
     lock: int | None = None  # a file descriptor that the child keeps open as long as it lives
+
+
+class Trainer(Protocol):
+    """An engine that trains, from snapshot to snapshot."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that tests what was trained."""
+
+    def train(self, run: Run, progress: Callable[[int, float], None]) -> None:
+        """Train and leave the snapshot ``snapshot_files`` names; ``progress`` hears (iteration, loss).
+
+        Raises Diverged where the loss is no number any more, EngineError where it cannot go on otherwise.
+        """
+
+
+class CaffeTrainer:
+    """Real Caffe."""
+
+    def __init__(self, caffe: Caffe) -> None:
+        """Raises EngineError where this Caffe came without a Python that can import it."""
+        self.caffe = caffe
+        self.engine: Engine = CaffeEngine(caffe)
+
+    def train(self, run: Run, progress: Callable[[int, float], None]) -> None:
+        train(self.caffe, run, progress)
 
 
 def several(gpus: Sequence[str]) -> bool:
