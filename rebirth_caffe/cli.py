@@ -101,3 +101,22 @@ def _escape_what_cannot_be_printed(stream: TextIO) -> None:
 def _silence(stream: TextIO) -> None:
     """Keep Python from complaining about ``stream`` once more when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def learning(group: argparse._ActionsContainer, schedule: str, distil: str) -> None:
+    """Add what decides how a reborn net learns; None where it is not given. Said to be the default: these."""
+    group.add_argument(
+        "--schedule", choices=("steps", "joint", "joint-then-steps"),
+        help=f"the plan's steps one after the other, all at once, or both (default: {schedule})",
+    )  # fmt: skip
+    group.add_argument(
+        "--distil", metavar="{labels,images,no}", nargs="?", type=_source, const="labels",
+        help="learn from what the original gives: from that and the labels, or from that alone, which needs "
+        f"images only (default: {distil})",
+    )  # fmt: skip
+
+
+def _source(text: str) -> str:
+    if text not in ("labels", "images", "no"):
+        raise argparse.ArgumentTypeError(f"'{text}' is none of labels, images, no")
+    return "" if text == "no" else text

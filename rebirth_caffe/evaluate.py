@@ -158,7 +158,7 @@ def evaluate(
                     f"{name}: takes {_x(wanted[1:])}, the images of {database} are {_x(shape)} after the "
                     "transformation; give the --crop it was trained with, or other images"
                 )
-            for pixels, labels in _batches(images, wanted[0]):
+            for pixels, labels in batches(images, wanted[0]):
                 values = np.zeros(wanted, np.float32)
                 values[: len(labels)] = transform(pixels)
                 out = session.forward({blob: values}, [output])[output]
@@ -228,7 +228,7 @@ def _batch(net: Net) -> int:
     return max(1, min(BATCH, BATCH_BYTES // max(1, each)))
 
 
-def _batches(images: Lmdb, size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+def batches(images: Lmdb, size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Images and labels, ``size`` at a time."""
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []

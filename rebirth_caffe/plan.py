@@ -21,7 +21,23 @@ from .prototxt import Field, Message, quote, render
 from .shapes import check_weights, infer
 
 VERSION = 1
+SCHEDULES = ("steps", "joint", "joint-then-steps")
+JOINT = "joint"  # the training step in which everything is learned at once
 MAX_DEPTH = 20  # of a plan.yaml
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: the ``merges`` made in it, or made before and learned ``again``."""
+
+    name: str
+    merges: tuple[Merge, ...]
+    again: tuple[Merge, ...] = ()
+
+    @property
+    def new(self) -> list[str]:
+        """The reborn layers that it is about."""
+        return [s.name for merge in (*self.merges, *self.again) for s in merge.becomes if not s.kept]
 
 
 @dataclass(frozen=True)
@@ -42,15 +58,24 @@ class Plan:
         """The training steps, from bottom to top."""
         return list(dict.fromkeys(merge.stage for merge in self.active if merge.stage))
 
-    def until(self, stage: str) -> Plan:
-        """The plan as far as the end of a training step: what a net has become by then.
+    def steps(self, schedule: str = "steps") -> list[Step]:
+        """What there is to train, in order; ``schedule`` is one of SCHEDULES.
 
-        Raises PlanError for a stage this plan does not have.
+        ``steps``: a stage after the other, from bottom to top. ``joint``: all at once. ``joint-then-steps``:
+        all at once, then the layers of one stage after the other once more.
         """
-        if stage not in self.stages:
-            raise PlanError(f"no training step is called '{stage}'; there are {', '.join(self.stages)}")
-        done = self.stages[: self.stages.index(stage) + 1]
-        return Plan(self.net, tuple(m for m in self.active if not m.stage or m.stage in done))
+        inexact = [merge for merge in self.active if not merge.exact]
+        stages = [Step(s, tuple(m for m in inexact if m.stage == s)) for s in self.stages]
+        stages = [step for step in stages if step.merges]
+        if schedule == "steps" or not stages:
+            return stages
+        joint = Step(JOINT, tuple(inexact))
+        return [joint] if schedule == "joint" else [joint, *(Step(s.name, (), s.merges) for s in stages)]
+
+    def only(self, merges: Iterable[Merge]) -> Plan:
+        """The exact merges of this plan and, of the others, these."""
+        wanted = {merge.id for merge in merges}
+        return Plan(self.net, tuple(m for m in self.active if m.exact or m.id in wanted))
 
 
 @dataclass
@@ -177,6 +202,16 @@ def apply(net: Net, plan: Plan, init: str = "inherit", seed: int = 0) -> Net:
     except WeightsError as error:
         raise PlanError(f"the plan does not fit together: {error}") from None
     return net
+
+
+def without_dropout(net: Net) -> Net:
+    """``net`` as it is used when it is not trained: a net derived from a train_val still has its Dropouts."""
+    from .rules import Findings, drop_dropout
+    from .rules.match import Matcher
+
+    found = Findings()
+    drop_dropout.propose(Matcher(net), found)
+    return apply(net, Plan(net.name, tuple(found.merges)))
 
 
 def _disjoint(net: Net, pending: list[Merge]) -> list[Merge]:

@@ -247,7 +247,7 @@ def rebirth(
         given = plan if isinstance(plan, Plan) else plans.load(Path(plan))
         proposal = Proposal(plans.select(net, given, only, skip, exact))
     reborn = plans.apply(net, proposal.plan, init, seed)
-    after = without_dropout(deploy(reborn))
+    after = plans.without_dropout(deploy(reborn))
     return Result(
         original=net,
         net=reborn,
@@ -261,12 +261,6 @@ def rebirth(
         init=init,
         seed=seed,
     )
-
-
-def without_dropout(net: Net) -> Net:
-    """A deploy net derived from a train_val, which is never trained again; a given one has lost its own."""
-    drops = tuple(m for m in plans.propose(net, exact=True).plan.merges if m.kind == "drop")
-    return plans.apply(net, Plan(net.name, drops))
 
 
 def _cost(c: Cost) -> dict[str, int]:

@@ -30,8 +30,8 @@ from statistics import fmean
 from time import monotonic
 from typing import Any
 
+from . import distil, prototxt
 from . import plan as plans
-from . import prototxt
 from .cost import cost
 from .data import lmdb_info
 from .derive import deploy
@@ -53,6 +53,7 @@ from .net import TEST, TRAIN, Net
 from .plan import Plan
 from .schema import caffe_pb2
 from .solver import Schedule, data_layer, solver_text, with_rates
+from .stages import Settings
 
 FINE_TUNE = "fine-tune"  # of the whole net, after the plan's own steps
 SLOWER = 0.1  # of the learning rate, once, after a step diverged
@@ -65,7 +66,9 @@ class Options:
     """What a person asks for; a run goes on only under the same.
 
     ``iterations`` a step, ``final_iterations`` of the whole net at the end, ``max_drop`` in points of top-1
-    below the original (None: every step is kept), ``segment`` in iterations.
+    below the original (None: every step is kept), ``segment`` in iterations. ``schedule``: see Plan.steps.
+    ``distil``: learn from the original, with the labels or from the images alone (one of distil.SOURCES);
+    "": from the labels only.
     """
 
     iterations: int = 90_000
@@ -74,6 +77,8 @@ class Options:
     segment: int = 1000
     threads: int = 1
     gpus: tuple[str, ...] = ()
+    schedule: str = "steps"
+    distil: str = ""
 
 
 FLAGS = {"gpus": "--gpu"}
@@ -101,17 +106,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step: merges of the plan (none: the fine-tune) in a folder of its own."""
+    """One training step of the plan (without merges: the fine-tune) in a folder of its own."""
 
     folder: str
     stage: str
-    merges: tuple[Merge, ...]
+    what: plans.Step
     iterations: int
 
     @property
-    def new(self) -> list[str]:
-        """The layers that are reborn in it."""
-        return [spec.name for merge in self.merges for spec in merge.becomes if not spec.kept]
+    def merges(self) -> tuple[Merge, ...]:
+        """The merges made in it."""
+        return self.what.merges
 
 
 def retrain(
@@ -144,28 +149,6 @@ def retrain(
 ORIGINAL = ("train_val.prototxt", "weights.caffemodel", "solver.prototxt", "settings.json")
 
 
-@dataclass
-class _Settings:
-    """What rebirth_net.py was told."""
-
-    init: str
-    seed: int
-    iterations: int
-
-    @classmethod
-    def read(cls, home: Path) -> _Settings:
-        path = home / "original/settings.json"
-        try:
-            found = json.loads(path.read_text("utf-8"))
-            return cls(str(found["init"]), int(found["seed"]), int(found["iterations"]))
-        except FileNotFoundError:
-            raise RebirthError(
-                f"{path}: no such file; make the directory with rebirth_net.py --weights ... --train-data ..."
-            ) from None
-        except (ValueError, KeyError, TypeError):
-            raise RebirthError(f"{path}: damaged; make the directory again with rebirth_net.py") from None
-
-
 class _Run:
     """One process at work on a directory."""
 
@@ -175,8 +158,10 @@ class _Run:
         self.home, self.options, self.trainer, self.tell = home, options, trainer, tell
         self.lock, self.until = lock, until
         self.plan = plans.load(home / "plan.yaml")
-        self.settings = _Settings.read(home)
+        self.settings = Settings.read(home)
         self.template = prototxt.read_text(home / "original/solver.prototxt")
+        if options.distil:
+            self.template = distil.template(self.template)
         self.solver = caffe_pb2.SolverParameter()
         prototxt.to_message(prototxt.parse(self.template), self.solver)
         self.steps = self._steps()
@@ -189,16 +174,12 @@ class _Run:
             shutil.rmtree(left, ignore_errors=True)  # of a killed run
 
     def _steps(self) -> list[Step]:
-        steps = []
-        for stage in self.plan.stages:
-            merges = tuple(m for m in self.plan.active if m.stage == stage and not m.exact)
-            if merges:
-                steps.append((stage, merges, self.options.iterations))
+        steps = [(step, self.options.iterations) for step in self.plan.steps(self.options.schedule)]
         if self.options.final_iterations:
-            steps.append((FINE_TUNE, (), self.options.final_iterations))
+            steps.append((plans.Step(FINE_TUNE, ()), self.options.final_iterations))
         return [
-            Step(f"{number:02d}-{stage.replace('/', '_')}", stage, merges, iterations)
-            for number, (stage, merges, iterations) in enumerate(steps, 1)
+            Step(f"{number:02d}-{step.name.replace('/', '_')}", step.name, step, iterations)
+            for number, (step, iterations) in enumerate(steps, 1)
         ]
 
     def _same_as_before(self) -> None:
@@ -231,8 +212,8 @@ class _Run:
         net = Net.load(self.home / "original/train_val.prototxt", self.home / "original/weights.caffemodel")
         source = self._tested_on(net).param.data_param.source
         net.image = lmdb_info(source)[1:]
-        exact = Plan(self.plan.net, tuple(m for m in self.plan.active if m.exact))
-        net = plans.apply(net, exact, self.settings.init, self.settings.seed)
+        net = plans.apply(net, self.plan.only(()), self.settings.init, self.settings.seed)
+        self.teacher = distil.Teacher(net) if self.options.distil else None
         done = [e["stage"] for e in self.journal.all("step")]
         steps = [(step.stage, step.iterations) for step in self.steps]
         self.tell("run", {"steps": steps, "done": done})
@@ -294,9 +275,8 @@ class _Run:
         self.tell("step", {"stage": step.stage, "iterations": step.iterations})
         work = self.home / "retrain" / step.folder
         work.mkdir(exist_ok=True)
-        with_rates(reborn, step.new).write(work / "train_val.prototxt")
         weights = f"retrain/{step.folder}/start.caffemodel"
-        reborn.write_weights(self.home / weights)
+        self._learner(step, reborn).write_weights(self.home / weights)
         for attempt in (1, 2):
             weights, tested = self._attempt(step, attempt, reborn, weights)
             drop = round(100 * (original.top1 - tested["top1"]), 6)  # without what floats add
@@ -317,6 +297,24 @@ class _Run:
     def _reborn(self, step: Step, net: Net) -> Net:
         """A net in which a step's merges are made."""
         return plans.apply(net, Plan(self.plan.net, step.merges), self.settings.init, self.settings.seed)
+
+    def _learner(self, step: Step, reborn: Net, done: float = 0.0) -> Net:
+        """What Caffe trains in a step of which a part ``done`` (0..1) is behind."""
+        if self.teacher is None:
+            return with_rates(reborn, step.what.new)
+        found = self.journal.find("targets", step=step.folder)
+        if found is None:
+            merges = step.what.again or [merge for merge in self.plan.active if not merge.exact]
+            measured = self.teacher.measure(
+                distil.blobs(reborn, merges),
+                self.trainer.engine,
+                self.options.threads,
+                progress=lambda n, of: self.tell("testing", {"what": "the original", "done": n, "of": of}),
+            )
+            targets = [dataclasses.asdict(target) for target in measured]
+            found = self.journal.add("targets", step=step.folder, targets=targets)
+        known = [distil.Target(**target) for target in found["targets"]]
+        return distil.side_by_side(reborn, self.teacher, known, self.options.distil, done)
 
     def _done(self, step: Step, before: Net, after: Net, **found: Any) -> Net:
         """Record how a step ended."""
@@ -370,7 +368,7 @@ class _Run:
     def _segments(self, step: Step, attempt: int, reborn: Net, weights: str, rate: float) -> str:
         """Train in segments; the path of the weights that the last one ends with."""
         files = _Files(self.home, step, attempt, rate)
-        names = {x.name for x in reborn.graph.view(TRAIN).layers if x.blobs}
+        names = {x.name for x in self._learner(step, reborn).graph.view(TRAIN).layers if x.blobs}
         python = any(layer.type == "Python" for layer in reborn.layers)
         whole = several(self.options.gpus)  # in one go
         done = self._segments_of(step, attempt=attempt, rate=rate)
@@ -393,6 +391,8 @@ class _Run:
                 display=max(1, self.options.segment // DISPLAYS),
                 snapshot=self.options.segment if whole else None,
             )
+            middle = (at + stop) / 2 / step.iterations
+            self._learner(step, reborn, middle).write(self.home / files.net)
             (self.home / files.solver).write_bytes(prototxt.encode(solver_text(self.template, schedule)))
             told = _Told(self.tell, step)
             begun = monotonic()
@@ -446,8 +446,6 @@ class _Run:
 
     def _finish(self, net: Net, original: Accuracy, macs: int) -> Outcome:
         """Write final/, at once and whole."""
-        from .rebirth import without_dropout
-
         tested = self.journal.find("finished")
         if tested is None:
             numbers = dataclasses.asdict(self._test(net, "the final net"))
@@ -456,7 +454,7 @@ class _Run:
             {key: value for key, value in e.items() if key not in ("event", "step", "weights")}
             for e in self.journal.all("step")
         ]
-        deployed = without_dropout(deploy(net))
+        deployed = plans.without_dropout(deploy(net))
         outcome = Outcome(original, _accuracy(tested), steps, (macs, cost(deployed).macs))
         accuracy = json.dumps(outcome.to_json(), indent=2) + "\n"
         final = self.home / "final"
@@ -579,8 +577,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def iterations_of(home: Path) -> int:
-    """Iterations a step, as the directory was made for. Raises RebirthError where it is none of ours."""
-    return _Settings.read(home).iterations

@@ -6,14 +6,18 @@ stages/     NN-<id>/train_val.prototxt and solver.prototxt, for ``caffe train`` 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import distil
 from . import plan as plans
 from .derive import is_trainable
+from .engines import Engine
 from .errors import RebirthError, WeightsError
+from .merge import Merge
 from .net import TEST, TRAIN, Layer, Net
 from .plan import Plan
 from .shapes import check_weights, infer
@@ -33,11 +37,59 @@ FOLDERS = ("original", "stages")
 
 @dataclass(frozen=True)
 class Training:
-    """What a person gave for training: databases, a solver template, iterations a step."""
+    """What a person gave for training: databases, a solver template, iterations a step, and how to learn.
+
+    ``schedule`` is one of plan.SCHEDULES ("": what suits). ``distil`` is one of distil.SOURCES, or "" to
+    learn from the labels alone; ``engine`` computes what the original gives then.
+    """
 
     data: TrainData
     solver: Path | None = None
     iterations: int = ITERATIONS
+    schedule: str = ""
+    distil: str = ""
+    engine: Engine | None = None
+
+
+def schedule_for(asked: str | None, distil: str) -> str:
+    """How to go through the plan: as asked, or what has served best (docs/RESULTS.md)."""
+    return asked or ("joint" if distil else "steps")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a directory to train in remembers of how it was made."""
+
+    init: str
+    seed: int
+    iterations: int
+    schedule: str = "steps"
+    distil: str = ""
+
+    def write(self, home: Path) -> None:
+        """Write ``original/settings.json``."""
+        text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+        (home / "original/settings.json").write_text(text, "utf-8")
+
+    @classmethod
+    def read(cls, home: Path) -> Settings:
+        """Read them. Raises RebirthError where ``home`` is no directory to train in."""
+        path = home / "original/settings.json"
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            return cls(
+                str(found["init"]),
+                int(found["seed"]),
+                int(found["iterations"]),
+                str(found["schedule"]),
+                str(found["distil"]),
+            )
+        except FileNotFoundError:
+            raise RebirthError(
+                f"{path}: no such file; make the directory with rebirth_net.py --weights ... --train-data ..."
+            ) from None
+        except (ValueError, KeyError, TypeError):
+            raise RebirthError(f"{path}: damaged; make the directory again with rebirth_net.py") from None
 
 
 def prepare(net: Net, training: Training) -> Net:
@@ -110,21 +162,38 @@ def write(folder: Path, original: Net, plan: Plan, training: Training, init: str
         original.write_weights(first / "weights.caffemodel")
     template = read_template(training.solver)
     (first / "solver.prototxt").write_text(template, "utf-8", "surrogateescape")
-    settings = {"init": init, "seed": seed, "iterations": training.iterations}
-    (first / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    schedule = schedule_for(training.schedule, training.distil)
+    Settings(init, seed, training.iterations, schedule, training.distil).write(folder)
+    if training.distil:
+        template = distil.template(template)
     test_iter = _test_iterations(original)
+    teacher = None
+    if training.distil:
+        teacher = distil.Teacher(plans.apply(original, plan.only(())))
+        original.edited(teacher.frozen()).write_weights(first / "teacher.caffemodel")
     bare = original.without_weights()
-    for number, stage in enumerate(plan.stages, 1):
-        place = f"stages/{number:02d}-{stage.replace('/', '_')}"
+    made: list[Merge] = []
+    for number, step in enumerate(plan.steps(schedule), 1):
+        place = f"stages/{number:02d}-{step.name.replace('/', '_')}"
         (folder / place).mkdir(parents=True)
-        net = plans.apply(bare, plan.until(stage))
-        new = [s.name for m in plan.active if m.stage == stage for s in m.becomes if not s.kept]
-        with_rates(net, new).write(folder / place / "train_val.prototxt")
-        schedule = Schedule(
-            training.iterations, seed, f"{place}/train_val.prototxt", f"{place}/snapshot", test_iter
+        made += step.merges
+        net = plans.apply(bare, plan.only(made))
+        if teacher is None:
+            learner = with_rates(net, step.new)
+        else:
+            assert training.engine is not None
+            targets = teacher.measure(distil.blobs(net, step.again or made), training.engine)
+            learner = distil.side_by_side(net, teacher, targets, training.distil, 0.5)
+        learner.write(folder / place / "train_val.prototxt")
+        solved = Schedule(
+            training.iterations,
+            seed,
+            f"{place}/train_val.prototxt",
+            f"{place}/snapshot",
+            None if teacher else test_iter,  # such a net is for learning only
         )
         (folder / place / "solver.prototxt").write_text(
-            solver_text(template, schedule), "utf-8", "surrogateescape"
+            solver_text(template, solved), "utf-8", "surrogateescape"
         )
 
 

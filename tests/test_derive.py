@@ -8,7 +8,7 @@ from rebirth_caffe.derive import deploy, is_trainable
 from rebirth_caffe.errors import NetError
 from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import TEST, Net
-from rebirth_caffe.rebirth import without_dropout
+from rebirth_caffe.plan import without_dropout
 from rebirth_caffe.shapes import all_param_shapes, infer
 from tests.nets import compute, difference, with_weights
 

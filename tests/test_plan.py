@@ -8,6 +8,7 @@ import pytest
 from rebirth_caffe import plan as plans
 from rebirth_caffe.errors import PlanError
 from rebirth_caffe.init.fill import fill_missing
+from rebirth_caffe.merge import Merge
 from rebirth_caffe.net import Net
 from rebirth_caffe.plan import Plan
 from rebirth_caffe.rebirth import rebirth
@@ -158,19 +159,32 @@ def test_two_merges_of_one_name_and_files_that_are_not_there(tmp_path):
         plans.load(tmp_path)
 
 
-def test_the_stages_are_prefixes():
+def test_steps_make_every_merge_once_from_bottom_to_top():
     net = Net.load(GOOGLENET)
     plan = plans.propose(net).plan
-    before = 0
-    for stage in plan.stages:
-        part = plan.until(stage)
-        assert len(part.active) > before
-        before = len(part.active)
-        assert part.stages == plan.stages[: plan.stages.index(stage) + 1]
+    steps = plan.steps()
+    assert [step.name for step in steps] == plan.stages
+    made: list[Merge] = []
+    for step in steps:
+        made += step.merges
+        part = plan.only(made)
+        assert part.stages == plan.stages[: plan.stages.index(step.name) + 1]
         plans.apply(net, part)
     assert part.active == plan.active
-    with pytest.raises(PlanError, match="no training step is called 'x'"):
-        plan.until("x")
+
+
+def test_the_other_schedules():
+    plan = plans.propose(Net.load(GOOGLENET)).plan
+    steps = plan.steps()
+    (joint,) = plan.steps("joint")
+    assert (joint.name, list(joint.merges)) == ("joint", [m for step in steps for m in step.merges])
+    assert joint.new == [name for step in steps for name in step.new]
+    first, *again = plan.steps("joint-then-steps")
+    assert first == joint
+    assert [(s.name, s.merges, s.again, s.new) for s in again] == [
+        (s.name, (), s.merges, s.new) for s in steps
+    ]
+    assert Plan("x", ()).steps("joint") == Plan("x", ()).steps("joint-then-steps") == []
 
 
 def test_each_merge_stands_alone():

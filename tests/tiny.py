@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +138,25 @@ def trained(tmp_path_factory: Any, caffe: Caffe) -> Path:
     return once(shared_folder(tmp_path_factory) / "tiny", make)
 
 
-def reborn(folder: Path, out: Path, *, solver: str = SOLVER, iterations: int = 6, **options: Any) -> Path:
-    """What rebirth_net.py --train-data makes of the original in ``folder``."""
-    template = out.parent / f"{out.name}.solver"
-    template.write_text(solver)
+def reborn(
+    folder: Path,
+    out: Path,
+    *,
+    solver: str | None = SOLVER,
+    iterations: int = 6,
+    learning: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """What rebirth_net.py --train-data makes of the original in ``folder``; ``learning``: see Training."""
+    template = None
+    if solver is not None:
+        template = out.parent / f"{out.name}.solver"
+        template.write_text(solver)
     data = TrainData(str(folder / "train.lmdb"), str(folder / "test.lmdb"))
     rebirth(
         folder / "train_val.prototxt",
         folder / "original.caffemodel",
-        training=Training(data, template, iterations),
+        training=Training(data, template, iterations, **learning or {}),
         **options,
     ).write(out)
     return out

@@ -63,10 +63,15 @@ def parse_args() -> argparse.Namespace:
     t.add_argument("--solver", metavar="TEMPLATE", type=Path, help="solver prototxt to use for every step")
     t.add_argument("--iterations", metavar="N", type=cli.positive,
                    help="of a step, in the solvers written (default: 90000)")  # fmt: skip
+    cli.learning(t, "steps; joint with --distil", "no")
+    t.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command, for --distil")
     args = p.parse_args()
     if (args.train_data is None) != (args.test_data is None):
         p.error("--train-data and --test-data go together")
-    for name in ("mean_file", "mean_value", "scale", "crop", "mirror", "batch", "solver", "iterations"):
+    for name in (
+        *("mean_file", "mean_value", "scale", "crop", "mirror", "batch"),
+        *("solver", "iterations", "schedule", "distil", "caffe"),
+    ):
         if args.train_data is None and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')} is of no use without --train-data and --test-data")
     return args
@@ -123,6 +128,7 @@ def main() -> None:
 def _training(args: argparse.Namespace) -> Training | None:
     if args.train_data is None:
         return None
+    from rebirth_caffe.engines import any_engine
     from rebirth_caffe.solver import TrainData
     from rebirth_caffe.stages import Training
 
@@ -130,7 +136,9 @@ def _training(args: argparse.Namespace) -> Training | None:
         args.train_data, args.test_data, args.mean_file, args.mean_value, args.scale, args.crop, args.mirror,
         args.batch,
     )  # fmt: skip
-    return Training(data, args.solver, args.iterations or 90_000)
+    distil = args.distil or ""
+    engine = any_engine(args.caffe) if distil else None
+    return Training(data, args.solver, args.iterations or 90_000, args.schedule or "", distil, engine)
 
 
 if __name__ == "__main__":

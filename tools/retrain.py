@@ -34,6 +34,7 @@ def parse_args() -> argparse.Namespace:
                    "then roll it back (default: keep every step)")  # fmt: skip
     p.add_argument("--segment", metavar="N", type=cli.positive, default=1000,
                    help="iterations between snapshots (default: 1000)")  # fmt: skip
+    cli.learning(p, *["as the directory was made"] * 2)
     p.add_argument("--stage", metavar="ID", default="", help="stop after this step")
     return p.parse_args()
 
@@ -58,16 +59,24 @@ def main() -> None:
     args = parse_args()
     from rebirth_caffe.engines.caffe import find_caffe
     from rebirth_caffe.engines.training import CaffeTrainer
-    from rebirth_caffe.retrain import Options, iterations_of, retrain
+    from rebirth_caffe.retrain import Options, retrain
+    from rebirth_caffe.stages import Settings, schedule_for
     from rebirth_caffe.training_report import Screen, draw
 
+    made_for = Settings.read(args.directory)
+    distil, schedule = made_for.distil, args.schedule or made_for.schedule
+    if args.distil is not None:
+        distil = args.distil
+        schedule = schedule_for(args.schedule, distil)
     options = Options(
-        iterations=args.iterations or iterations_of(args.directory),
+        iterations=args.iterations or made_for.iterations,
         final_iterations=args.final_iterations,
         max_drop=args.max_drop,
         segment=args.segment,
         threads=args.threads,
         gpus=args.gpu,
+        schedule=schedule,
+        distil=distil,
     )
 
     def tell(what: str, details: dict[str, Any]) -> None:

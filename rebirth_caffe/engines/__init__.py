@@ -13,7 +13,7 @@ from typing import Protocol
 from ..errors import EngineError, RebirthError
 from .child import Array
 
-__all__ = ["Array", "Engine", "Session", "available_engines", "get_engine", "known_engines"]
+__all__ = ["Array", "Engine", "Session", "any_engine", "available_engines", "get_engine", "known_engines"]
 
 
 class Session(Protocol):
@@ -96,6 +96,20 @@ def get_engine(name: str, caffe: str | None = None) -> Engine:
 
         return OpenCVEngine()
     raise RebirthError(f"engine '{name}' is not known; known are {', '.join(known_engines())}")
+
+
+def any_engine(caffe: str | None = None) -> Engine:
+    """Caffe where there is one, and only if none was asked for another engine that works here.
+
+    Raises EngineError where none does.
+    """
+    try:
+        return get_engine("caffe", caffe)
+    except EngineError:
+        others = [] if caffe else available_engines()
+        if not others:
+            raise
+        return get_engine(others[0])
 
 
 def available_engines(caffe: str | None = None) -> list[str]:

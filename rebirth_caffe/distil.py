@@ -1,0 +1,245 @@
+"""Learning from the original: one train net that holds it, frozen, beside the reborn net on the same images.
+
+Where something was merged, the reborn net shall give what the original gives there, and the same scores:
+
+    L = w * sum over b of |S_b - T_b|^2 / (n_b * var T_b)  +  (2 - w) * L_labels
+
+b: output blobs of the merged groups, and the scores; S_b, T_b: what the reborn net (the student) and the
+original (the teacher) give for a batch; n_b: numbers in T_b; var T_b: their variance over many images. Every
+term is 1 for a student that always gives the mean. w falls from 1 to 0.05 while it learns, and without labels
+stays 1 and L_labels is left out. The teacher has no backward pass: nothing in it learns.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import plan as plans
+from . import solver
+from .caffemodel import Record
+from .data import open_lmdb
+from .derive import DATA, deploy
+from .engines import Engine
+from .errors import NetError, RebirthError
+from .evaluate import Transform, batches
+from .merge import OUT, Merge
+from .net import TEST, TRAIN, Layer, Net
+from .prototxt import Field, Message, number, quote, render
+from .rules.match import feeding, main_output
+from .shapes import LOSSES, all_param_shapes
+from .solver import data_layer
+
+LABELS, IMAGES = "labels", "images"  # what there is to learn from, besides the original
+SOURCES = (LABELS, IMAGES)
+WEIGHTS = (1.0, 0.05)  # of the original against the labels, at the start and at the end
+TEACHER, LOSS = "teacher/", "distil/"  # in front of the names of what is added
+CALIBRATION = 500  # images over which variances are measured
+SILENT = 1e-12  # a blob whose variance is below this never says anything
+
+# Adam suits losses of very different scales better than SGD; the last tenth of a schedule that goes to zero
+# brings much of the accuracy (docs/RESULTS.md).
+TEMPLATE = """\
+type: "Adam"
+base_lr: 0.003
+lr_policy: "poly"
+power: 1
+momentum: 0.9
+momentum2: 0.999
+display: 100
+snapshot: 1000
+solver_mode: CPU
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A blob of the original that the reborn net has, too: numbers per image, variance of the original's."""
+
+    blob: str
+    size: int
+    variance: float
+
+
+class Teacher:
+    """The original as it is used: up to the scores, without Dropout; and the images both nets learn from."""
+
+    def __init__(self, original: Net) -> None:
+        """``original`` is a train_val with its weights.
+
+        Raises NetError where it has no main output that a reborn net could be compared with.
+        """
+        deployed = plans.without_dropout(deploy(original))
+        scores = main_output(original.graph)[2]
+        if len(scores) != 1 or not any(scores[0].name in layer.top for layer in deployed.layers):
+            raise NetError(f"{original.path}: has {len(scores)} outputs; learning from it needs exactly one")
+        view = deployed.graph.view(TEST)
+        needed = feeding(view, [[v for v in view.values if v.name == scores[0].name][-1]])
+        self.net = deployed.replace(lambda layer: [layer] if layer in needed else [])
+        self.images = [top for layer in self.net.layers if layer.type == "Input" for top in layer.top]
+        taken = {name for layer in original.layers for name in (layer.name, *layer.top)}
+        self.prefix, self.loss = (_fresh(name, taken) for name in (TEACHER, LOSS))
+        reads = data_layer(original, TRAIN)
+        if reads is None:
+            raise NetError(f"{original.path}: reads no database in TRAIN; give --train-data")
+        self.database = reads.param.data_param.source
+        self.transform = Transform.of(reads)
+
+    def frozen(self) -> list[Layer]:
+        """Its layers, to stand beside the reborn net's: names of their own, and nothing that learns."""
+        shapes = all_param_shapes(self.net)
+        return [
+            self._frozen(layer, len(shapes.get(layer) or layer.blobs))
+            for layer in self.net.layers
+            if layer.type != "Input"
+        ]
+
+    def _frozen(self, layer: Layer, params: int) -> Layer:
+        tree = layer.tree.copy()
+        gone = ("include", "exclude", "param", "propagate_down")
+        tree.fields[:] = [f for f in tree.fields if f.name not in gone]
+        tree.set("name", quote(self.prefix + layer.name))
+        tree.set("bottom", *(quote(b if b in self.images else self.prefix + b) for b in layer.bottom))
+        tree.set("top", *(quote(self.prefix + top) for top in layer.top))
+        still = Message([Field("lr_mult", "0"), Field("decay_mult", "0")])
+        at = next((i for i, f in enumerate(tree.fields) if f.name.endswith("_param")), len(tree.fields))
+        tree.fields[at:at] = [Field("param", still.copy(), one_line=True) for _ in range(params)]
+        if layer.type == "BatchNorm":  # otherwise it would take the mean of this batch, and remember it
+            statistics = tree.message("batch_norm_param")
+            if statistics is None:
+                statistics = Message()
+                tree.fields.append(Field("batch_norm_param", statistics))
+            statistics.set("use_global_stats", "true")
+        made = Layer.from_text(render(Message([Field("layer", tree)])))
+        if layer.blobs:
+            made.record = Record(made.name, made.type, layer.blobs)
+        return made
+
+    def measure(
+        self,
+        blobs: Sequence[str],
+        engine: Engine,
+        threads: int = 1,
+        images: int = CALIBRATION,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[Target]:
+        """Size and variance of its blobs over the first images of the database.
+
+        A blob that is the same for all of them teaches nothing and is left out.
+        """
+        with tempfile.TemporaryDirectory(prefix="rebirth.") as folder, open_lmdb(self.database) as lmdb:
+            files = Path(folder) / "teacher.prototxt", Path(folder) / "teacher.caffemodel"
+            self.net.write(files[0])
+            self.net.write_weights(files[1])
+            total = min(images, len(lmdb))
+            with engine.open(*files, threads=threads, batch=min(50, total)) as session:
+                shapes = session.blobs()
+                sums = {blob: np.zeros(2) for blob in blobs}
+                seen = 0
+                for pixels, _ in batches(lmdb, shapes[self.images[0]][0]):
+                    values = np.zeros(shapes[self.images[0]], np.float32)
+                    values[: len(pixels)] = self.transform(pixels)
+                    used = min(len(pixels), total - seen)
+                    for blob, value in session.forward({self.images[0]: values}, blobs).items():
+                        exact = value[:used].astype(np.float64)
+                        sums[blob] += exact.sum(), np.square(exact).sum()
+                    seen += used
+                    progress(seen, total)
+                    if seen == total:
+                        break
+        targets = []
+        for blob in blobs:
+            size = math.prod(shapes[blob][1:])
+            mean, square = sums[blob] / (seen * size)
+            if square - mean * mean > SILENT:
+                targets.append(Target(blob, size, float(square - mean * mean)))
+        if not targets:
+            raise RebirthError(f"{self.net.path}: gives the same for every image; is it trained?")
+        return targets
+
+
+def blobs(reborn: Net, merges: Iterable[Merge]) -> list[str]:
+    """The blobs in which ``reborn`` is compared with its original: what the merges give, and the scores."""
+    layers = {layer.name: layer for layer in reborn.layers}
+    found = [
+        layers[spec.name].top[spec.top.index(OUT)]
+        for merge in merges
+        for spec in merge.becomes
+        if OUT in spec.top and spec.name in layers
+    ]
+    return list(dict.fromkeys([*found, main_output(reborn.graph)[2][0].name]))
+
+
+def weight(done: float) -> float:
+    """Of the original against the labels, when a part ``done`` (0..1) of the training is behind."""
+    return WEIGHTS[0] + (WEIGHTS[1] - WEIGHTS[0]) * done
+
+
+def side_by_side(reborn: Net, teacher: Teacher, targets: Sequence[Target], source: str, done: float) -> Net:
+    """The train net of ``reborn`` (a train_val) beside its original, with the weights of both.
+
+    ``source``: LABELS or IMAGES. Layers and blobs of the reborn net keep their names, so that what was
+    trained goes back into it; Dropout is left out.
+    """
+    student = plans.without_dropout(reborn)
+    view = student.graph.view(TRAIN)
+    kept = {layer for layer in view.layers if layer.type != "Accuracy"}
+    w = weight(done) if source == LABELS else 1.0
+    if source == IMAGES:
+        last = {value.name: value for value in view.values}
+        kept = feeding(view, [last[target.blob] for target in targets])
+    items = [_learning(layer, source, 2 - w) for layer in student.layers if layer in kept]
+    items += teacher.frozen()
+    items += [_compared(target, teacher, w) for target in targets]
+    return student.edited([f"name: {quote(student.name)}\n", *items])
+
+
+def template(given: str) -> str:
+    """The solver to learn with: what a person gave, or in the place of the paper's one that suits better."""
+    return TEMPLATE if given == solver.TEMPLATE else given
+
+
+def _fresh(prefix: str, taken: set[str]) -> str:
+    while any(name.startswith(prefix) for name in taken):
+        prefix = "_" + prefix
+    return prefix
+
+
+def _learning(layer: Layer, source: str, label_weight: float) -> Layer:
+    """A layer of the student: a loss weighs ``label_weight``, and without labels none are read."""
+    if source == IMAGES and layer.type in DATA and len(layer.top) > 1:
+        tree = layer.tree.copy()
+        tree.set("top", quote(layer.top[0]))
+        return layer.again(tree)
+    if source == LABELS and layer.type in LOSSES:
+        tree = layer.tree.copy()
+        weights = list(layer.param.loss_weight) or [1.0]
+        tree.set("loss_weight", *(_g(w * label_weight) for w in weights))
+        return layer.again(tree)
+    return layer
+
+
+def _compared(target: Target, teacher: Teacher, w: float) -> Layer:
+    """The loss of one blob. Caffe's EuclideanLoss is the sum of squares over 2 * batch."""
+    tree = Message(
+        [
+            Field("name", quote(teacher.loss + target.blob)),
+            Field("type", quote("EuclideanLoss")),
+            Field("bottom", quote(target.blob)),
+            Field("bottom", quote(teacher.prefix + target.blob)),
+            Field("top", quote(teacher.loss + target.blob)),
+            Field("loss_weight", _g(2 * w / (target.size * target.variance))),
+            Field("propagate_down", "true"),
+            Field("propagate_down", "false"),
+        ]
+    )
+    return Layer.from_text(render(Message([Field("layer", tree)])))
+
+
+def _g(value: float) -> str:
+    return number(float(f"{value:.6g}"))

@@ -1,0 +1,316 @@
+"""Learning from the original: under real Caffe its half stands still, the reborn half comes closer to it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rebirth_caffe import caffemodel, distil
+from rebirth_caffe import plan as plans
+from rebirth_caffe.caffemodel import Blob, Record
+from rebirth_caffe.distil import Teacher, blobs, side_by_side
+from rebirth_caffe.engines.caffe import CaffeEngine
+from rebirth_caffe.engines.training import CaffeTrainer
+from rebirth_caffe.errors import NetError, RebirthError
+from rebirth_caffe.net import TRAIN, Net
+from rebirth_caffe.retrain import Options, retrain
+from tests import tiny
+
+# Both halves on the same images: every blob that the loss compares, and what Caffe made of it.
+FORWARD = """
+net = caffe.Net(path, 0, weights=weights)
+net.forward()
+result = {name: [list(blob.data.shape), blob.data.ravel().tolist()] for name, blob in net.blobs.items()
+          if name.split("/")[0] in ("distil", "teacher") or name in wanted}
+"""
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, caffe):
+    return tiny.trained(tmp_path_factory, caffe)
+
+
+@pytest.fixture(scope="session")
+def original(trained):
+    net = Net.load(trained / "train_val.prototxt", trained / "original.caffemodel")
+    data = {"train.lmdb": str(trained / "train.lmdb"), "test.lmdb": str(trained / "test.lmdb")}
+    text = net.text()
+    for name, path in data.items():
+        text = text.replace(f'"{name}"', f'"{path}"')
+    return Net.parse(text).with_weights(trained / "original.caffemodel")
+
+
+@pytest.fixture(scope="session")
+def plan(original):
+    return plans.propose(original).plan
+
+
+@pytest.fixture(scope="session")
+def reborn(original, plan):
+    return plans.apply(original, plan)
+
+
+@pytest.fixture(scope="session")
+def teacher(original):
+    return Teacher(original)
+
+
+@pytest.fixture(scope="session")
+def targets(teacher, reborn, plan, caffe):
+    return teacher.measure(blobs(reborn, plan.merges), CaffeEngine(caffe), images=100)
+
+
+class Computed:
+    """The blobs of a train net in real Caffe, for one batch."""
+
+    def __init__(self, in_caffe: Any, folder: Path, net: Net, wanted: list[str]) -> None:
+        net.write(folder / "net.prototxt")
+        net.write_weights(folder / "net.caffemodel")
+        paths = {"path": str(folder / "net.prototxt"), "weights": str(folder / "net.caffemodel")}
+        found = in_caffe(FORWARD, **paths, wanted=wanted)
+        self.blobs = {name: np.array(values).reshape(shape) for name, (shape, values) in found.items()}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.blobs[name]
+
+
+def test_what_is_compared(reborn, plan, targets):
+    assert blobs(reborn, plan.merges) == ["norm1", "pool2", "fc"]
+    assert blobs(reborn, [m for m in plan.merges if m.stage == "conv2"]) == ["pool2", "fc"]
+    assert [(t.blob, t.size) for t in targets] == [("norm1", 8 * 12 * 12), ("pool2", 12 * 6 * 6), ("fc", 10)]
+
+
+def test_the_variances_are_those_of_the_original_in_use(original, targets, in_caffe, tmp_path):
+    """Against the TEST net itself, on the same images (all of the data's first 100)."""
+    original.write_weights(tmp_path / "net.caffemodel")
+    code = """
+net = caffe.Net(path, 1, weights=weights)
+values = {name: [] for name in wanted}
+for _ in range(2):
+    net.forward()
+    for name in wanted: values[name].append(net.blobs[name].data.astype("float64").copy())
+result = {name: float(np.concatenate(v).var()) for name, v in values.items()}
+"""
+    train = next(layer for layer in original.layers if layer.type == "Data").param.data_param.source
+    test = str(Path(train).with_name("test.lmdb"))
+    (tmp_path / "net.prototxt").write_text(original.text().replace(test, train))
+    paths = {"path": str(tmp_path / "net.prototxt"), "weights": str(tmp_path / "net.caffemodel")}
+    found = in_caffe(code, **paths, wanted=[target.blob for target in targets])
+    for target in targets:
+        assert target.variance == pytest.approx(found[target.blob], rel=1e-4)
+
+
+def test_the_loss_is_the_formula(reborn, teacher, targets, in_caffe, tmp_path):
+    """Every term from the two blobs themselves, in float64; and the labels' losses weigh 2 - w."""
+    net = side_by_side(reborn, teacher, targets, "labels", 0.5)
+    computed = Computed(in_caffe, tmp_path, net, [target.blob for target in targets])
+    w = distil.weight(0.5)
+    assert w == pytest.approx(0.525)
+    weights = {layer.name: list(layer.param.loss_weight) for layer in net.layers}
+    for target in targets:
+        student, original = computed[target.blob], computed[f"teacher/{target.blob}"]
+        wanted = w * np.square(student - original).mean() / target.variance
+        assert wanted > 1e-3
+        assert computed[f"distil/{target.blob}"] * weights[f"distil/{target.blob}"][0] == pytest.approx(
+            wanted, rel=1e-4
+        )
+    assert weights["loss"] == pytest.approx([2 - w])
+    assert weights["aux/loss"] == pytest.approx([0.1 * (2 - w)])
+
+
+def test_a_net_that_was_not_changed_has_nothing_to_learn(original, teacher, targets, in_caffe, tmp_path):
+    net = side_by_side(original, teacher, targets, "labels", 0.0)
+    computed = Computed(in_caffe, tmp_path, net, [])
+    assert [float(computed[f"distil/{target.blob}"]) for target in targets] == [0.0] * len(targets)
+
+
+def test_without_labels_none_are_read(reborn, teacher, targets, in_caffe, tmp_path):
+    net = side_by_side(reborn, teacher, targets, "images", 0.9)
+    assert {layer.type for layer in net.layers if "Loss" in layer.type} == {"EuclideanLoss"}
+    assert not [layer for layer in net.layers if "label" in (*layer.bottom, *layer.top)]
+    assert "aux" not in {layer.name for layer in net.layers}
+    full = {layer.name: layer for layer in side_by_side(reborn, teacher, targets, "labels", 0.0).layers}
+    for target in targets:  # w stays 1
+        name = f"distil/{target.blob}"
+        assert net.layer(name).param.loss_weight == full[name].param.loss_weight
+    assert Computed(in_caffe, tmp_path, net, ["fc"])["fc"].shape == (16, 10)
+
+
+def test_what_was_given_for_training_and_the_names_are_kept(reborn, teacher, targets):
+    net = side_by_side(reborn, teacher, targets, "labels", 0.0)
+    mine = {layer.name: layer.text for layer in net.layers}
+    for layer in reborn.graph.view(TRAIN).layers:
+        if layer.type in ("Data", "Convolution", "InnerProduct", "ReLU"):
+            assert mine[layer.name] == layer.text
+    assert not [layer for layer in net.layers if layer.type == "Dropout"]
+
+
+def test_names_that_are_taken():
+    text = """name: "n" input: "data" input_shape { dim: 1 dim: 1 dim: 4 dim: 4 }"""
+    data = 'layer { name: "d" type: "Data" top: "data" top: "label" data_param { source: "x" batch_size: 1 } '
+    net = Net.parse(
+        f"""name: "n" {data} transform_param {{ crop_size: 4 mean_value: 1 }} }}
+        layer {{ name: "teacher/c" type: "Convolution" bottom: "data" top: "distil/c"
+          convolution_param {{ num_output: 2 kernel_size: 4 }} }}
+        layer {{ name: "loss" type: "SoftmaxWithLoss" bottom: "distil/c" bottom: "label" }}"""
+    )
+    made = Teacher(net)
+    assert (made.prefix, made.loss) == ("_teacher/", "_distil/")
+    assert [layer.name for layer in made.frozen()] == ["_teacher/teacher/c"]
+    assert made.frozen()[0].bottom == ("data",)
+    with pytest.raises(NetError, match="reads no database"):
+        Teacher(Net.parse(text + 'layer { name: "r" type: "ReLU" bottom: "data" top: "r" }'))
+
+
+def test_batchnorm_uses_what_it_has_learned(original):
+    norm = 'layer { name: "bn" type: "BatchNorm" bottom: "fc" top: "bn" param { lr_mult: 0 } }\n'
+    text = original.text().replace('layer { name: "accuracy"', norm + 'layer { name: "accuracy"')
+    net = Net.parse(text.replace('bottom: "fc" bottom: "label"', 'bottom: "bn" bottom: "label"'))
+    statistics = [Blob(np.ones(n, np.float32)) for n in (10, 10, 1)]
+    net.layer("bn").record = Record("bn", "BatchNorm", statistics)
+    (made,) = [layer for layer in Teacher(net).frozen() if layer.type == "BatchNorm"]
+    assert made.param.batch_norm_param.use_global_stats
+    assert [p.lr_mult for p in made.param.param] == [0, 0, 0]
+
+
+def test_a_net_that_says_nothing(original, caffe):
+    dead = original.without_weights()
+    for layer in dead.layers:
+        mine = original.layer(layer.name) if layer.type in ("Convolution", "InnerProduct") else None
+        if mine is not None:
+            layer.record = Record(layer.name, layer.type, [Blob(np.zeros_like(b.array)) for b in mine.blobs])
+    with pytest.raises(RebirthError, match="gives the same for every image"):
+        Teacher(dead).measure(["norm1", "fc"], CaffeEngine(caffe), images=20)
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def learn(trained: Path, out: Path, caffe: Any, source: str, **options: Any) -> dict[str, np.ndarray]:
+    """Retrain with ``distil``; the weights it ends with."""
+    engine = CaffeEngine(caffe)
+    learning = {"distil": source, "engine": engine}
+    tiny.reborn(trained, out, solver=None, iterations=40, learning=learning)
+    chosen = Options(iterations=40, segment=20, distil=source, **{"schedule": "joint", **options})
+    assert retrain(out, chosen, CaffeTrainer(caffe)) is not None
+    return {
+        r.name: r.blobs[0].array for r in caffemodel.read(out / "final/weights.caffemodel").records if r.blobs
+    }
+
+
+def distance(folder: Path, net: Net, caffe: Any, teacher: Teacher) -> float:
+    """Mean squared difference of the scores of ``net`` and its original, over 100 images, in float64."""
+    from rebirth_caffe.data import open_lmdb
+    from rebirth_caffe.derive import deploy
+
+    scores = []
+    for name, each in (("net", deploy(net)), ("teacher", teacher.net)):
+        each.write(folder / f"{name}.prototxt")
+        each.write_weights(folder / f"{name}.caffemodel")
+        files = folder / f"{name}.prototxt", folder / f"{name}.caffemodel"
+        with CaffeEngine(caffe).open(*files, batch=100) as session, open_lmdb(teacher.database) as images:
+            values = teacher.transform(np.stack([images[i][0] for i in range(100)]))
+            scores.append(session.forward({"data": values}, ["fc"])["fc"].astype(np.float64))
+    return float(np.square(scores[0] - scores[1]).mean())
+
+
+@pytest.mark.parametrize("source", ["labels", "images"])
+def test_it_learns_from_its_original(source, trained, tmp_path, caffe, original, plan, teacher):
+    learned = learn(trained, tmp_path / "home", caffe, source)
+    started = plans.apply(original, plan)
+    ended = started.with_weights(tmp_path / "home/final/weights.caffemodel")
+    (tmp_path / "compare").mkdir()
+    before, after = (distance(tmp_path / "compare", net, caffe, teacher) for net in (started, ended))
+    assert after < 0.7 * before
+    assert not [name for name in learned if "teacher" in name]
+    snapshots = list((tmp_path / "home/retrain/01-joint").glob("*_iter_40.caffemodel"))
+    halves = {r.name: r for r in caffemodel.read(snapshots[0]).records if r.blobs}
+    for layer in (layer for layer in teacher.net.layers if layer.blobs):  # not a bit of it has moved
+        for blob, kept in zip(layer.blobs, halves[f"teacher/{layer.name}"].blobs, strict=True):
+            assert np.array_equal(blob.array.ravel(), kept.array.ravel())
+    assert not np.array_equal(learned["fc"], original.layer("fc").blobs[0].array)
+    text = (tmp_path / "home/final/deploy.prototxt").read_text()
+    assert "teacher" not in text
+    assert "distil" not in text
+
+
+def test_weights_shift_from_the_original_to_the_labels(trained, tmp_path, caffe):
+    learn(trained, tmp_path / "home", caffe, "labels")
+    net = Net.load(tmp_path / "home/retrain/01-joint/train_val.prototxt")  # of the last segment: 20 to 40
+    w = distil.weight(0.75)
+    assert net.layer("loss").param.loss_weight[0] == pytest.approx(2 - w)
+
+
+def test_all_at_once_and_then_group_by_group(trained, tmp_path, caffe):
+    learn(trained, tmp_path / "home", caffe, "labels", schedule="joint-then-steps")
+    steps = [e for e in tiny.journal(tmp_path / "home") if e["event"] == "step"]
+    assert [(e["stage"], e["kept"]) for e in steps] == [("joint", True), ("conv1", True), ("conv2", True)]
+    compared = [e["targets"] for e in tiny.journal(tmp_path / "home") if e["event"] == "targets"]
+    assert [[t["blob"] for t in targets] for targets in compared] == [
+        *(["norm1", "pool2", "fc"], ["norm1", "fc"], ["pool2", "fc"])
+    ]
+    assert len({e["macs"] for e in steps}) == 1
+    assert steps[0]["macs_before"] > steps[0]["macs"] == steps[1]["macs_before"]
+
+
+def test_killed_it_ends_like_a_run_that_was_not(trained, tmp_path, caffe):
+    """Between two segments: the loss weights of the second are those of its place, not of a beginning."""
+    whole = learn(trained, tmp_path / "whole", caffe, "labels")
+    engine = CaffeEngine(caffe)
+    home = tiny.reborn(
+        trained,
+        tmp_path / "home",
+        solver=None,
+        iterations=40,
+        learning={"distil": "labels", "engine": engine},
+    )
+    journal = home / "retrain/journal.jsonl"
+    code = f"""if True:
+        import os, signal, sys
+        from pathlib import Path
+        from rebirth_caffe.engines.caffe import find_caffe
+        from rebirth_caffe.engines.training import CaffeTrainer
+        from rebirth_caffe.journal import Journal
+        from rebirth_caffe.retrain import Options, retrain
+        add = Journal.add
+        def dying(self, event, **details):
+            done = add(self, event, **details)
+            if event == "segment":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return done
+        Journal.add = dying
+        options = Options(iterations=40, segment=20, distil="labels", schedule="joint")
+        retrain(Path({str(home)!r}), options, CaffeTrainer(find_caffe()))
+    """
+    done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, check=False)
+    assert done.returncode == -9
+    assert journal.read_text().count('"segment"') >= 1
+    options = Options(iterations=40, segment=20, distil="labels", schedule="joint")
+    retrain(home, options, CaffeTrainer(caffe))
+    found = caffemodel.read(home / "final/weights.caffemodel").records
+    assert {r.name: r.blobs[0].array.tobytes() for r in found if r.blobs} == {
+        name: array.tobytes() for name, array in whole.items()
+    }
+
+
+def test_caffe_train_takes_it_by_hand(trained, tmp_path, caffe):
+    learning = {"distil": "labels", "engine": CaffeEngine(caffe)}
+    home = tiny.reborn(trained, tmp_path / "home", solver=None, iterations=4, learning=learning)
+    assert [path.name for path in (home / "stages").iterdir()] == ["01-joint"]
+    done = subprocess.run(
+        [
+            *(str(caffe.binary), "train", "-solver", "stages/01-joint/solver.prototxt"),
+            *("-weights", "original/teacher.caffemodel,original/weights.caffemodel,weights.caffemodel"),
+        ],
+        cwd=home,
+        env=caffe.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "teacher/conv1 does not need backward computation" in done.stderr
+    assert "Solver type: Adam" in done.stderr or 'type: "Adam"' in done.stderr
