@@ -5,43 +5,65 @@ from __future__ import annotations
 from .errors import NetError
 from .net import TEST, Layer, Net, State
 from .prototxt import quote
-from .shapes import LOSSES, infer
+from .shapes import LOSSES, RULES, infer
 
 DATA = ("Data", "DummyData", "HDF5Data", "ImageData", "MemoryData", "WindowData")
 # What turns the scores a loss reads into what a user of the net wants.
 _HEADS = {"SoftmaxWithLoss": "Softmax", "SigmoidCrossEntropyLoss": "Sigmoid"}
 
+_MEND_SIZE = {
+    "Data": "give it a crop_size, or --image 3x224x224 (channels x height x width)",
+    "ImageData": "give it a crop_size",
+}
+
 
 def is_trainable(net: Net) -> bool:
     """Whether a net is a train_val (it reads data or has a loss), not a deploy net."""
-    return any(layer.type in DATA or layer.type in LOSSES for layer in net.layers)
+    return any(reads_data(layer) or layer.type in LOSSES or _is_fork_loss(layer) for layer in net.layers)
+
+
+def reads_data(layer: Layer) -> bool:
+    """Whether a layer brings data into a net: one of Caffe's, or a fork's that reads no blob."""
+    return layer.type in DATA or (layer.type not in RULES and not layer.bottom)
+
+
+def _is_fork_loss(layer: Layer) -> bool:
+    """Whether a layer stock Caffe does not know is a loss, by its name or its weight."""
+    return layer.type not in RULES and (layer.type.endswith("Loss") or any(layer.param.loss_weight))
 
 
 def deploy(net: Net) -> Net:
     """What one runs of a train_val: an Input of one image, the layers that feed the main loss, Softmax.
 
     Data, losses, accuracies and auxiliary heads are left out; what stays keeps its text and its weights. A
-    deploy net is returned as it is. Raises NetError where the input's size is not known.
+    deploy net is returned as it is. Raises NetError where the input's size is not known, or where a fork's
+    loss reads what no one here can tell to be an output.
     """
     if not is_trainable(net):
         return net
     from .rules.match import feeding, main_output
 
+    strange = next((layer for layer in net.layers if _is_fork_loss(layer)), None)
+    if strange is not None:
+        raise NetError(
+            f"{strange.where}: {strange.type} is a loss stock Caffe does not know, so the outputs of the "
+            "deploy net are not known; write that by hand"
+        )
     loss, view, scores = main_output(net.graph)
     needed = feeding(view, scores)
-    kept = [layer for layer in view.layers if layer in needed and layer.type not in DATA]
+    kept = [layer for layer in view.layers if layer in needed and not reads_data(layer)]
     if not kept:
         raise NetError(f"{net.path}: has no layers between its data and its loss; give a net that computes")
     read = {value for layer in kept for value in view.bottoms[layer]}
     shapes = infer(view, batch=1)
     inputs: list[Layer] = []
-    for value in (v for layer in view.layers if layer.type in DATA for v in view.tops[layer] if v in read):
+    for value in (v for layer in view.layers if reads_data(layer) for v in view.tops[layer] if v in read):
         shape = shapes[value]
         if shape is None:
-            raise NetError(
-                f"{value.producer.where if value.producer else net.path}: its image size is not in the file; "
-                "give it a crop_size, or --image 3x224x224 (channels x height x width)"
-            )
+            maker = value.producer
+            assert maker is not None
+            mend = _MEND_SIZE.get(maker.type, "write the deploy net by hand")
+            raise NetError(f"{maker.where}: its image size is not in the file; {mend}")
         dims = " ".join(f"dim: {d}" for d in shape)
         inputs.append(
             _layer(net, value.name, "Input", [], value.name, f"input_param {{ shape {{ {dims} }} }}")
@@ -56,7 +78,7 @@ def deploy(net: Net) -> Net:
     plain = State(TEST, net.header.state.level, frozenset(net.header.state.stage))
 
     def swap(layer: Layer) -> list[Layer]:
-        if layer not in needed or layer.type in DATA:
+        if layer not in needed or reads_data(layer):
             return []
         always = layer if plain.includes(layer) else _without_rules(layer)
         return [*(inputs if layer is kept[0] else []), always, *(head if layer is kept[-1] else [])]

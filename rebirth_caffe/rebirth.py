@@ -20,7 +20,7 @@ from typing import Any
 from . import plan as plans
 from .cost import Cost, cost
 from .derive import deploy, is_trainable
-from .errors import RebirthError
+from .errors import NetError, RebirthError
 from .init import METHODS
 from .merge import Merge, Refusal
 from .net import Net
@@ -38,15 +38,23 @@ class Result:
 
     original: Net
     net: Net  # of the kind that was given: deploy or train_val
-    deploy: Net
+    deployed: Net | None  # None where ``no_deploy`` says why none can be derived from the train_val
     plan: Plan
     refused: list[Refusal]
-    before: Cost  # of the deploy nets, for one image
+    before: Cost  # of the deploy nets (of the nets given, where there are none), for one image
     after: Cost
+    no_deploy: str = ""
     sources: tuple[Path, ...] = ()  # the files it was read from
     training: Training | None = None
     init: str = "inherit"
     seed: int = 0
+
+    @property
+    def deploy(self) -> Net:
+        """The reborn deploy net. Raises NetError where none can be derived from the train_val given."""
+        if self.deployed is None:
+            raise NetError(self.no_deploy)
+        return self.deployed
 
     @property
     def merges(self) -> list[Merge]:
@@ -133,6 +141,7 @@ class Result:
     def _files(self) -> list[str]:
         """The files there are to write, of FILES."""
         absent = {
+            "deploy.prototxt": self.deployed is None,
             "train_val.prototxt": not is_trainable(self.net),
             "weights.caffemodel": not any(layer.blobs for layer in self.net.layers),
         }
@@ -140,8 +149,9 @@ class Result:
 
     def _write_into(self, folder: Path) -> list[str]:
         """Write every file there is to write; their names."""
-        self.deploy.write(folder / "deploy.prototxt")
         files = self._files()
+        if self.deployed is not None:
+            self.deployed.write(folder / "deploy.prototxt")
         if "train_val.prototxt" in files:
             self.net.write(folder / "train_val.prototxt")
         if "weights.caffemodel" in files:
@@ -247,15 +257,24 @@ def rebirth(
         given = plan if isinstance(plan, Plan) else plans.load(Path(plan))
         proposal = Proposal(plans.select(net, given, only, skip, exact))
     reborn = plans.apply(net, proposal.plan, init, seed)
-    after = plans.without_dropout(deploy(reborn))
+    shipped, deployed, why = net, None, ""
+    try:
+        shipped = deploy(net)
+    except NetError as error:
+        if training is not None:
+            raise
+        why = str(error)
+    else:
+        deployed = plans.without_dropout(deploy(reborn))
     return Result(
         original=net,
         net=reborn,
-        deploy=after,
+        deployed=deployed,
         plan=proposal.plan,
         refused=proposal.refused,
-        before=cost(deploy(net)),
-        after=cost(after),
+        before=cost(shipped),
+        after=cost(deployed or reborn),
+        no_deploy=why,
         sources=tuple(Path(path) for path in (prototxt, weights) if path is not None),
         training=training,
         init=init,

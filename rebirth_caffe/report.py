@@ -194,8 +194,10 @@ def _costs(result: Result) -> Table:
 
 
 def _notes(result: Result) -> list[str]:
-    """What is missing from the costs or from the weights."""
+    """What is missing: the deploy net, costs, weights."""
     lines = []
+    if result.no_deploy:
+        lines.append(f"no deploy net could be derived: {result.no_deploy}")
     if result.before.unknown:
         lines.append(f"cost not known, so not counted: {_some(result.before.unknown)}")
     if result.net.strangers:

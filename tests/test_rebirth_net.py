@@ -130,6 +130,21 @@ def test_a_train_val_net(tmp_path, made):
         assert [x.name for x in loaded.layers if x.type == "Convolution" and not x.blobs] == []
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("crop_size: ", "min_side: ", "image size is not in the file; give it a crop_size, or --image"),
+        ("SoftmaxWithLoss", "CenterLoss", "CenterLoss is a loss stock Caffe does not know"),
+    ],
+)
+def test_a_train_val_that_no_deploy_net_can_be_derived_from(old, new, why, tmp_path):
+    (tmp_path / "in.prototxt").write_text(TRAIN_VAL.read_text().replace(old, new))
+    said = " ".join(good("in.prototxt", "--out", "out", cwd=tmp_path).split())
+    assert "no deploy net could be derived: in.prototxt:" in said
+    assert why in said
+    assert sorted(contents(tmp_path / "out")) == ["plan.yaml", "report.json", "train_val.prototxt"]
+
+
 def test_files_have_ordinary_modes(tmp_path):
     good(DEPLOY, "--out", tmp_path / "out", preexec_fn=lambda: os.umask(0o027))
     assert {oct(mode & 0o777) for mode, data in snapshot(tmp_path).values() if data is None} == {"0o750"}
@@ -452,7 +467,6 @@ BAD_NETS = {
         ":3: layer 'b': top 'x' is already a top of .*:2: layer 'a'; rename one",
     ),
     "no type": (INPUT + 'layer { name: "x" bottom: "data" top: "y" }\n', ":2: layer 'x': has no type; give"),
-    "no data": ('layer { name: "d" type: "Data" top: "d" top: "l" }\n', ": has no layers between"),
     "a huge kernel": (
         changed("kernel_size: 5", "kernel_size: 500"),
         r":10: layer 'conv1/5x5': its window 500x500 exceeds its input 32x32",
