@@ -466,6 +466,8 @@ RULES: dict[str, Rule] = {
     "Slice": _slice,
     "Tile": _tile,
 }
+# Every layer type of stock Caffe: these, and those whose shapes only their data or their code knows.
+STOCK = {*RULES, "Filter", "HDF5Data", "Python", "WindowData"}
 _MIN_AXES = {"ArgMax": 1, "BatchNorm": 2, "BatchReindex": 1, "LSTM": 2, "PReLU": 2, "RNN": 2, "SPP": 4}
 _MIN_BOTTOMS = dict.fromkeys(
     ("Accuracy", "BatchReindex", "Crop", "Eltwise", "LSTM", "RNN", *LOSSES),
