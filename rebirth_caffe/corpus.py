@@ -50,9 +50,9 @@ _SAME = 1e-4  # largest difference of what exact merges leave, relative to the l
 
 @dataclass(frozen=True)
 class Limits:
-    """What one file may take: seconds of ours, seconds of Caffe's, bytes of each, weights to be made up."""
+    """What one file may take: processor seconds here, seconds in Caffe, bytes, weights to be made up."""
 
-    seconds: float = 5
+    seconds: int = 5
     caffe_seconds: float = 60
     memory: int = 4 * 2**30
     weights: int = 64_000_000
@@ -68,7 +68,7 @@ class Checked:
     layers: int = 0
     merges: int = 0  # to be retrained
     exact: int = 0
-    seconds: float = 0  # of reading, writing and both rebirths
+    seconds: float = 0  # of a processor, for reading, writing and both rebirths
     written: bool = False  # whether an unchanged write gave the same bytes
     caffe: str = ""  # what Caffe said: "same", "refuses it: ...", "not asked: ..."
     built: bool = False  # whether Caffe built the original
@@ -127,7 +127,8 @@ class _Job:
         self.folder = folder
         self.ended = False
         self.in_caffe = False
-        self.deadline = time.monotonic() + limits.seconds
+        # Its processor time is limited by the system; this is for what waits and does not compute.
+        self.deadline = time.monotonic() + 20 * limits.seconds
         fork = multiprocessing.get_context("fork")
         self.pipe, theirs = fork.Pipe(duplex=False)
         self.process = fork.Process(target=_child, args=(path, engine, limits, folder, theirs))
@@ -140,11 +141,12 @@ class _Job:
             self.checked, self.ended = self.pipe.recv()
         except EOFError:
             self.process.join()
-            why = f"its process ended with {self.process.exitcode}"
             if self.in_caffe:
-                self.checked.caffe = f"not known: {why}"
+                self.checked.caffe = f"not known: its process ended with {self.process.exitcode}"
+            elif self.process.exitcode == -signal.SIGXCPU:
+                self.late()
             else:
-                self.checked.fail(why)
+                self.checked.fail(f"its process ended with {self.process.exitcode}")
             self.ended = True
         self.in_caffe = True
         self.deadline = time.monotonic() + self.limits.caffe_seconds
@@ -177,12 +179,16 @@ def _child(path: Path, engine: Engine | None, limits: Limits, folder: Path, out:
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
     resource.setrlimit(resource.RLIMIT_AS, (limits.memory, limits.memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _, unlimited = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (limits.seconds, unlimited))
     checked = Checked(path)
-    start = time.monotonic()
+    start = time.process_time()
     results: list[Result] = []
     with _noting(checked):
         results = _ours(path, checked)
-    checked.seconds = time.monotonic() - start
+    checked.seconds = time.process_time() - start
+    resource.setrlimit(resource.RLIMIT_CPU, (unlimited, unlimited))
     out.send((checked, engine is None))
     if engine is not None:
         folder.mkdir()
@@ -242,10 +248,10 @@ def _caffes(checked: Checked, results: list[Result], engine: Engine, limits: Lim
     net = results[0].original
     derived = _closed(net) and is_trainable(net) and not results[0].no_deploy
     before = deploy(net) if derived else net
-    if _closed(before):
-        checked.caffe = "not asked: its layers read files or run code"
-        return
     part = stock_part(before)
+    if not part.layers:
+        checked.caffe = "not asked: everything in it depends on files, code or a fork's layers"
+        return
     whole = len(part.layers) == len(before.layers)
     before = before if whole else part
     try:
@@ -254,7 +260,7 @@ def _caffes(checked: Checked, results: list[Result], engine: Engine, limits: Lim
         checked.caffe = f"refuses it: {_said(error)}"
         return
     checked.built = whole
-    checked.caffe = "same" if whole else f"same in the {len(part.layers)} layers without a fork's"
+    checked.caffe = "same" if whole else f"same in the {len(part.layers)} layers that it can build"
     with session:
         shapes = session.blobs()
         _compare_with_ours(checked, before, shapes)
@@ -285,11 +291,12 @@ def _open(engine: Engine, net: Net, path: Path) -> Session:
 
 
 def stock_part(net: Net) -> Net:
-    """What of a fork's net stock Caffe knows, and what depends on nothing else."""
+    """What of a net stock Caffe builds without opening a file, running code or knowing a fork's layers."""
     known = set(net.header.input)
 
     def swap(layer: Layer) -> list[Layer]:
-        good = layer.type in STOCK and not layer.unknown and known.issuperset(layer.bottom)
+        stock = layer.type in STOCK and layer.type not in _CLOSED and not layer.unknown
+        good = stock and known.issuperset(layer.bottom)
         (known.update if good else known.difference_update)(layer.top)
         return [layer] if good else []
 
@@ -368,11 +375,11 @@ def _compare_outputs(checked: Checked, net: Net, before: Session, after: Session
 def made_up(net: Net, limit: int) -> Net | None:
     """The net with random weights under which values keep their scale from layer to layer.
 
-    None where a layer's weights are not known, or where there are none, or more than ``limit`` values.
+    Layers whose weights are not known get none. None where there are none, or more than ``limit`` values.
     """
     shapes = all_param_shapes(net)
     count = sum(math.prod(shape) for needed in shapes.values() for shape in needed or [])
-    if any(needed is None for needed in shapes.values()) or not 0 < count <= limit:
+    if not 0 < count <= limit:
         return None
     shared: dict[str, Array] = {}
     loaded = net.without_weights()

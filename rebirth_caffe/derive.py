@@ -23,8 +23,8 @@ def is_trainable(net: Net) -> bool:
 
 
 def reads_data(layer: Layer) -> bool:
-    """Whether a layer brings data into a net: one of Caffe's, or a fork's that reads no blob."""
-    return layer.type in DATA or (layer.type not in RULES and not layer.bottom)
+    """Whether a layer brings data into a net: one of Caffe's, or a fork's that only writes blobs."""
+    return layer.type in DATA or (layer.type not in RULES and bool(layer.top) and not layer.bottom)
 
 
 def _is_fork_loss(layer: Layer) -> bool:

@@ -22,6 +22,8 @@ from .prototxt import Field, Message
 from .schema import caffe_pb2
 
 TRAIN, TEST = caffe_pb2.TRAIN, caffe_pb2.TEST
+# What in a layer has no part in what it computes from its weights.
+_HARMLESS = ("param", "weight_filler", "bias_filler", "filler", "engine")
 
 
 class Layer:
@@ -71,6 +73,27 @@ class Layer:
     @cached_property
     def top(self) -> tuple[str, ...]:
         return tuple(self.param.top)
+
+    @cached_property
+    def strange(self) -> Field | None:
+        """The first field stock Caffe does not know and that may change what the layer computes.
+
+        How it is trained, filled and which library computes it does not.
+        """
+        known = {*map(id, self.unknown)}
+
+        def search(tree: Message) -> Field | None:
+            for f in tree.fields:
+                if f.name in _HARMLESS:
+                    continue
+                if id(f) in known:
+                    return f
+                found = search(f.value) if isinstance(f.value, Message) else None
+                if found is not None:
+                    return found
+            return None
+
+        return search(self.tree) if known else None
 
     @property
     def blobs(self) -> list[Blob]:

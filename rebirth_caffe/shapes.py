@@ -41,7 +41,7 @@ def infer(view: View, batch: int | None = None) -> dict[Value, MaybeShape]:
         shapes[value] = entering(shape)
     for layer in view.layers:
         bottoms = [shapes.get(value) for value in view.bottoms[layer]]
-        if layer.type == "Data":
+        if layer.type == "Data" and layer.strange is None:
             tops = list(_data_of(layer, image))
         else:
             tops = layer_shapes(layer, bottoms)
@@ -56,7 +56,7 @@ def layer_shapes(layer: Layer, bottoms: list[MaybeShape]) -> list[MaybeShape]:
     """The shapes of a layer's tops from those of its bottoms."""
     rule = RULES.get(layer.type)
     known = [shape for shape in bottoms if shape is not None]
-    if rule is None:  # a fork's: what it works on in place keeps its shape
+    if rule is None or layer.strange is not None:  # a fork's: what it works on in place keeps its shape
         at = dict(zip(layer.bottom, bottoms, strict=False))
         return [at.get(name) for name in layer.top]
     if len(known) < len(bottoms):
@@ -480,6 +480,8 @@ _MIN_BOTTOMS = dict.fromkeys(
 
 def param_shapes(layer: Layer, bottoms: list[MaybeShape]) -> list[Shape] | None:
     """The shapes of a layer's weight blobs; [] where it has none, None where that is not known."""
+    if layer.strange is not None:
+        return None
     if layer.type not in WEIGHTS:
         return [] if layer.type in RULES else None
     known = [shape for shape in bottoms if shape is not None]

@@ -338,6 +338,13 @@ def test_a_forks_layer_makes_everything_behind_it_unknown():
     assert weights == {"in": [], "it": None, "r": [], "fc": None}
 
 
+def test_a_field_of_a_fork_in_a_layer_of_stock_caffe_does_too():
+    fused = layer("LRN", "local_size: 5 fuse_type: FUSED_POOL_MAX pooling_param { kernel_size: 3 }")
+    for strange, known in ((fused, False), ('type: "ReLU" relu_param { engine: NEON }', True)):
+        found = ours(Net.parse(single(strange, IMAGE)))[0]
+        assert found == {"a": IMAGE, "out": IMAGE if known else None}
+
+
 def test_a_batch_replaces_the_first_dimension_of_inputs_only():
     text = single(layer("InnerProduct", "num_output: 5"), IMAGE)
     text += 'layer { name: "p" type: "Parameter" top: "p" parameter_param { shape { dim: 7 dim: 2 } } }'

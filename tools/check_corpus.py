@@ -31,9 +31,9 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--jobs", metavar="N", type=cli.positive, default=os.cpu_count() or 1,
                    help="files at a time (default: one per processor)")  # fmt: skip
     p.add_argument("--seconds", metavar="S", type=cli.positive, default=5,
-                   help="a file may take in this tool (default: 5)")  # fmt: skip
+                   help="of a processor a file may take in this tool (default: 5)")  # fmt: skip
     p.add_argument("--caffe-seconds", metavar="S", type=cli.positive, default=60,
-                   help="and in Caffe (default: 60)")  # fmt: skip
+                   help="it may take in Caffe (default: 60)")  # fmt: skip
     p.add_argument("--memory", metavar="GB", type=cli.positive, default=4, help="it may take (default: 4)")
     p.add_argument("--json", action="store_true", help="print the results for programs")
     return p.parse_args()

@@ -25,8 +25,9 @@ def propose(m: Matcher, found: Findings) -> None:
 
 def _refused(m: Matcher, layer: Layer) -> str | None:
     """Why what reads the Dropout's top cannot read its bottom instead."""
-    if not m.simple(layer):
-        return f"'{layer.name}' has several bottoms or tops, or a name that is not its own"
+    reason = m.why_not_simple(layer)
+    if reason is not None:
+        return reason
     if layer.bottom != layer.top and not m.readers(layer):
         return f"'{layer.top[0]}' is an output of the net, its name must stay"
     return None

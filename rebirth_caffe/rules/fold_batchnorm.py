@@ -51,8 +51,9 @@ def _refused(m: Matcher, at: Layer, following: Layer) -> str | None:
     """Why ``following`` cannot be folded into the chain that ends in ``at``."""
     if m.only_reader(at) is not following:
         return m.why_not_only(at, following)
-    if not m.simple(following):
-        return f"'{following.name}' has several bottoms or tops, or a name that is not its own"
+    reason = m.why_not_simple(following)
+    if reason is not None:
+        return reason
     shared = next((name for name in following.shared_params() if m.shared[name] > 1), None)
     if shared is not None:
         return f"'{following.name}' shares its blobs under the name '{shared}'"

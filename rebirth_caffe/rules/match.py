@@ -63,6 +63,8 @@ class Matcher:
             return f"{self.names[layer.name]} layers are called '{layer.name}'"
         if len(layer.bottom) != 1 or len(layer.top) != 1:
             return f"'{layer.name}' has several bottoms or tops"
+        if layer.strange is not None:
+            return _of_a_fork(layer)
         shared = next((name for name in layer.shared_params() if self.shared[name] > 1), None)
         if shared is not None:
             return f"'{layer.name}' shares its weights under the name '{shared}'"
@@ -96,13 +98,15 @@ class Matcher:
         return f"'{layer.name}' and '{reader.name}' are not in the same phases"
 
     def simple(self, layer: Layer) -> bool:
-        """One bottom, one top, a name of its own."""
-        return (
-            len(layer.bottom) == 1
-            and len(layer.top) == 1
-            and bool(layer.name)
-            and self.names[layer.name] == 1
-        )
+        """One bottom, one top, a name of its own, and nothing in it that stock Caffe does not know."""
+        return self.why_not_simple(layer) is None
+
+    def why_not_simple(self, layer: Layer) -> str | None:
+        """Why a layer is not ``simple``."""
+        alone = len(layer.bottom) == len(layer.top) == 1 and layer.name and self.names[layer.name] == 1
+        if not alone:
+            return f"'{layer.name}' has several bottoms or tops, or a name that is not its own"
+        return _of_a_fork(layer) if layer.strange is not None else None
 
     def is_global(self, layer: Layer) -> bool:
         """Whether a Pooling makes one pixel of its whole input, and more than one of that."""
@@ -174,14 +178,20 @@ def follow(m: Matcher, start: Layer, activations: Iterable[Layer] = ()) -> Chain
 
 def unabsorbable(m: Matcher, layer: Layer) -> str | None:
     """Why a layer without weights worth the name cannot go, or None."""
-    if not m.simple(layer):
-        return f"'{layer.name}' has several bottoms or tops, or a name that is not its own"
+    reason = m.why_not_simple(layer)
+    if reason is not None:
+        return reason
     if layer.type == "Pooling":
         if m.is_global(layer):
             return f"'{layer.name}' is the global pool"
         if params.pool(layer.param).method == "STOCHASTIC":
             return f"'{layer.name}' pools stochastically"
     return None
+
+
+def _of_a_fork(layer: Layer) -> str:
+    assert layer.strange is not None
+    return f"'{layer.name}' has a field stock Caffe does not know, {layer.strange.name}"
 
 
 def plain_relu(layer: Layer) -> bool:

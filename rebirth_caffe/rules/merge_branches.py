@@ -151,6 +151,8 @@ def _branches(m: Matcher, concat: Layer) -> list[Branch] | str:
         return "it does not join channels"
     if not concat.name or m.names[concat.name] > 1 or len(concat.top) != 1:
         return "it has no name of its own, or several tops"
+    if concat.strange is not None:
+        return f"it has a field stock Caffe does not know, {concat.strange.name}"
     branches: list[Branch] = []
     forks: list[tuple[Layer | None, int | str]] = []
     for i in range(len(concat.bottom)):

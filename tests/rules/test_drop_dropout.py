@@ -81,6 +81,10 @@ REFUSED = {
         [C, dropout("d", "c"), relu("d", "c", "r"), fc("fc", "r")],
         "'d' has several bottoms or tops, or a name that is not its own",
     ),
+    "of a fork that drops in TEST, too": (
+        [C, layer("d", "Dropout", "c", "c", "dropout_param { sample_weights_test: true }"), fc("fc", "c")],
+        "'d' has a field stock Caffe does not know, sample_weights_test",
+    ),
 }
 
 

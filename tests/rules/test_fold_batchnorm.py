@@ -252,11 +252,24 @@ def test_without_weights_the_structure_folds():
 
 def test_fields_and_comments_of_the_convolution_stay():
     commented = "# the first one\n" + conv(
-        "c", "data", 4, 3, "dialect: 7 bias_term: false", extra="param { lr_mult: 3 }"
+        "c", "data", 4, 3, "engine: NEON bias_term: false", extra="param { lr_mult: 3 dialect: 7 }"
     )
     _, reborn = rebirth(build(commented, norm("n", "c")))
     folded = reborn.layer("c/folded")
     assert folded.comments == "# the first one\n"
     assert folded.param.param[0].lr_mult == 3
     assert folded.param.convolution_param.bias_term
-    assert [f.name for f in folded.unknown] == ["dialect"]
+    assert [f.name for f in folded.unknown] == ["dialect", "engine"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "strange"),
+    [
+        ([conv("c", "data", 4, 3, "fuse_type: FUSED_CONV_RELU"), norm("n", "c")], "'c' has a field"),
+        ([conv("c", "data", 4, 3), layer("n", "BatchNorm", "c", "c", "momentum: 0.9")], "'n' has a field"),
+    ],
+)
+def test_a_field_of_a_fork_stops_it(layers, strange):
+    proposal, _ = rebirth(build(*layers, fc("fc", "c")))
+    assert not proposal.plan.merges
+    assert reasons(proposal)["c", "n"].startswith(f"{strange} stock Caffe does not know, ")
