@@ -1,4 +1,4 @@
-"""Weights files: binary NetParameter messages, in current (``layer``) and V1 (``layers``) storage.
+"""Weights files: binary NetParameter messages in current (``layer``), V1 or V0 (``layers``) storage; HDF5.
 
 The wire format is scanned here rather than parsed by protobuf, which would turn every weight into a Python
 float: blobs are numpy views of the file's own bytes, and what is not changed is written back as it was.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from .errors import WeightsError
@@ -22,10 +24,13 @@ from .schema import caffe_pb2
 Array = NDArray[np.float32]
 Shape = tuple[int, ...]
 
+MAX_BYTES = 2**31 - 1  # of a message of protobuf, in Caffe and everywhere
+
 # Field numbers of the schema that the scan needs (tests/test_schema.py holds the schema to real Caffe).
 _NET_NAME, _NET_V1_LAYER, _NET_LAYER = 1, 2, 100
-_LAYER_NAME, _LAYER_TYPE, _LAYER_BLOBS = 1, 2, 7
-_V1_NAME, _V1_TYPE, _V1_BLOBS = 4, 5, 6
+_LAYER_BLOBS = 7
+_NAME_TYPE_BLOBS = {"current": (1, 2, _LAYER_BLOBS), "V1": (4, 5, 6), "V0": (1, 2, 50)}
+_V1_V0_LAYER = 1
 _BLOB_LEGACY, _BLOB_DATA, _BLOB_SHAPE, _BLOB_DOUBLE = (1, 2, 3, 4), 5, 7, 8
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -51,6 +56,19 @@ V1_TYPES = {
     "WINDOW_DATA": "WindowData", "THRESHOLD": "Threshold",
 }  # fmt: skip
 
+# And what V1 calls the types of V0.
+V0_TYPES = {
+    "accuracy": "ACCURACY", "bnll": "BNLL", "concat": "CONCAT", "conv": "CONVOLUTION", "data": "DATA",
+    "dropout": "DROPOUT", "euclidean_loss": "EUCLIDEAN_LOSS", "flatten": "FLATTEN", "hdf5_data": "HDF5_DATA",
+    "hdf5_output": "HDF5_OUTPUT", "im2col": "IM2COL", "images": "IMAGE_DATA",
+    "infogain_loss": "INFOGAIN_LOSS", "innerproduct": "INNER_PRODUCT", "lrn": "LRN",
+    "multinomial_logistic_loss": "MULTINOMIAL_LOGISTIC_LOSS", "pool": "POOLING", "relu": "RELU",
+    "sigmoid": "SIGMOID", "softmax": "SOFTMAX", "softmax_loss": "SOFTMAX_LOSS", "split": "SPLIT",
+    "tanh": "TANH", "window_data": "WINDOW_DATA",
+}  # fmt: skip
+
+MAX_HDF5_DEPTH = 16
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _AGAIN = "damaged: copy or download it again"
 
 
@@ -106,31 +124,51 @@ class Weights:
 
     name: str
     records: list[Record]
-    storage: str  # "current" or "V1"
-    source: memoryview
+    storage: str  # "current", "V1", "V0" or "HDF5"
+    source: memoryview  # empty for HDF5
 
     def by_name(self) -> dict[str, Record]:
         """Layers by name; the last one wins, as when Caffe copies weights."""
         return {record.name: record for record in self.records}
 
-    def write(self, path: Path) -> None:
-        """Write the file as it was read."""
-        path.write_bytes(self.source)
+    def skeleton(self, where: str) -> caffe_pb2.NetParameter:
+        """The message that was read, without the blobs; in current, V1 or V0 storage."""
+        pieces: list[bytes | memoryview] = []
+        for number, kind, value in _scan(self.source, where):
+            if number in (_NET_LAYER, _NET_V1_LAYER):
+                body = _without_blobs(value, where, "current" if number == _NET_LAYER else "V1")
+                pieces.append(_bytes_field(number, body))
+            else:
+                pieces += _field(number, kind, value)
+        net = caffe_pb2.NetParameter()
+        try:
+            net.ParseFromString(b"".join(pieces))
+        except DecodeError:
+            raise WeightsError(f"{where}: not a caffemodel, or {_AGAIN}") from None
+        return net
 
 
 def read(path: Path | str) -> Weights:
-    """Read a binary caffemodel. Raises WeightsError where it is not one, or is cut short."""
+    """Read a caffemodel, binary or HDF5. Raises WeightsError where it is not one, or is cut short."""
     path = Path(path)
     try:
-        source = memoryview(path.read_bytes())
+        with path.open("rb") as file:
+            if file.read(len(_HDF5)) == _HDF5:
+                return _read_hdf5(path)
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise WeightsError(
+                    f"{path}: {size / 1e9:.1f} GB; a binary caffemodel ends below 2 GB, in Caffe, too: "
+                    "copy it again, or store it as HDF5 (.caffemodel.h5)"
+                )
+            file.seek(0)
+            source = memoryview(file.read(MAX_BYTES + 1))
     except FileNotFoundError:
         raise WeightsError(f"{path}: no such file; check the path of the weights") from None
     except IsADirectoryError:
         raise WeightsError(f"{path}: is a directory; give the .caffemodel file in it") from None
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
-    if bytes(source[:8]) == b"\x89HDF\r\n\x1a\n":
-        raise WeightsError(f"{path}: HDF5 weights; convert them to a binary .caffemodel with Caffe first")
     try:
         return _read(source, path)
     except WeightsError:
@@ -156,9 +194,10 @@ def _read(source: memoryview, path: Path) -> Weights:
         if number == _NET_NAME and kind == _BYTES:
             name = _text(value)
         elif number in (_NET_LAYER, _NET_V1_LAYER) and kind == _BYTES:
-            v1 = number == _NET_V1_LAYER
-            storage = "V1" if v1 else storage
-            records.append(_read_record(value, f"{path}: layer {len(records) + 1}", v1))
+            kept = "current" if number == _NET_LAYER else "V1"
+            record, found = _read_record(value, f"{path}: layer {len(records) + 1}", kept)
+            storage = found if found != "current" else storage
+            records.append(record)
         elif number in (_NET_NAME, _NET_LAYER, _NET_V1_LAYER):
             raise WeightsError(f"{path}: not a caffemodel; a mean file or a solver's state?")
     if not records:
@@ -168,24 +207,37 @@ def _read(source: memoryview, path: Path) -> Weights:
     return Weights(name, records, storage, source)
 
 
-def _read_record(message: memoryview, where: str, v1: bool) -> Record:
-    at_name, at_type, at_blobs = (
-        (_V1_NAME, _V1_TYPE, _V1_BLOBS) if v1 else (_LAYER_NAME, _LAYER_TYPE, _LAYER_BLOBS)
-    )
-    record = Record("", "", [], None if v1 else message)
+def _read_record(message: memoryview, where: str, storage: str) -> tuple[Record, str]:
+    """A layer and the storage it is in; the layer of V0 lies in one of V1, which then counts for nothing."""
+    at_name, at_type, at_blobs = _NAME_TYPE_BLOBS[storage]
+    record = Record("", "", [], message if storage == "current" else None)
     for number, kind, value in _scan(message, where):
+        if storage == "V1" and number == _V1_V0_LAYER and kind == _BYTES:
+            return _read_record(value, where, "V0")
         if number == at_name and kind == _BYTES:
             record.name = _text(value)
             where = f"{where} '{record.name}'"
-        elif number == at_type and kind == _BYTES and not v1:
+        elif number == at_type and kind == _BYTES and storage != "V1":
             record.type = _text(value)
-        elif number == at_type and kind == _VARINT and v1:
+            if storage == "V0":
+                record.type = V1_TYPES.get(V0_TYPES.get(record.type, ""), record.type)
+        elif number == at_type and kind == _VARINT and storage == "V1":
             kinds = caffe_pb2.V1LayerParameter.LayerType
             known = int(value) in kinds.values()
             record.type = V1_TYPES[kinds.Name(int(value))] if known else ""
         elif number == at_blobs and kind == _BYTES:
             record.blobs.append(Blob(raw=value, where=f"{where} blob {len(record.blobs)}"))
-    return record
+    return record, storage
+
+
+def _without_blobs(message: memoryview, where: str, storage: str) -> bytes:
+    pieces: list[bytes | memoryview] = []
+    for number, kind, value in _scan(message, where):
+        if storage == "V1" and number == _V1_V0_LAYER and kind == _BYTES:
+            pieces.append(_bytes_field(number, _without_blobs(value, where, "V0")))
+        elif number != _NAME_TYPE_BLOBS[storage][2]:
+            pieces += _field(number, kind, value)
+    return b"".join(pieces)
 
 
 def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memoryview | bytearray, str]]]:
@@ -224,12 +276,12 @@ def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memor
     return shape, data
 
 
-def write(path: Path, net_name: str, records: Iterable[tuple[bytes, Record]]) -> None:
-    """Write a caffemodel in current storage.
+def write(path: Path, header: caffe_pb2.NetParameter, records: Iterable[tuple[bytes, Record]]) -> None:
+    """Write a caffemodel in current storage: what the header says, and the layers.
 
     Each record comes with the LayerParameter bytes (without blobs) to write where it has none of its own.
     """
-    pieces: list[bytes | memoryview] = [_bytes_field(_NET_NAME, net_name.encode())]
+    pieces: list[bytes | memoryview] = [header.SerializePartialToString()]
     for head, record in records:
         if record.raw is not None:
             body: list[bytes | memoryview] = [record.raw]
@@ -240,12 +292,88 @@ def write(path: Path, net_name: str, records: Iterable[tuple[bytes, Record]]) ->
                 body += [_key(_LAYER_BLOBS, _BYTES) + _varint(_size(wire)), *wire]
         pieces += [_key(_NET_LAYER, _BYTES) + _varint(_size(body)), *body]
     total = _size(pieces)
-    if total >= 2**31:
-        raise WeightsError(f"{path}: {total} bytes; a caffemodel cannot hold 2 GB or more")
+    if total > MAX_BYTES:
+        raise WeightsError(
+            f"{path}: would be {total / 1e9:.1f} GB; a binary caffemodel ends below 2 GB, HDF5 does not"
+        )
     with path.open("wb") as out:
         out.writelines(pieces)
         out.flush()
         os.fsync(out.fileno())
+
+
+# ---- HDF5 -------------------------------------------------------------------------------------------------
+
+
+def _read_hdf5(path: Path) -> Weights:
+    """What Net::ToHDF5 writes: a group ``data`` with a group a layer, in it the blobs as 0, 1, ..."""
+    import h5py
+
+    records: dict[str, list[tuple[int, Blob]]] = {}
+    left = 4 * path.stat().st_size + 2**20  # bytes: compressed or never written values cost a file nothing
+
+    def walk(group: Any, name: str, depth: int) -> None:
+        nonlocal left
+        where = f"{path}: layer '{name}'"
+        if depth > MAX_HDF5_DEPTH:
+            raise WeightsError(f"{where}: groups more than {MAX_HDF5_DEPTH} deep; not a caffemodel")
+        if name:
+            records.setdefault(name, [])
+        for key in group:
+            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+                raise WeightsError(f"{where}: '{key}' is a link to elsewhere; not a caffemodel")
+            item = group[key]
+            if isinstance(item, h5py.Group):  # a name with a slash
+                walk(item, f"{name}/{key}" if name else key, depth + 1)
+                continue
+            if not isinstance(item, h5py.Dataset) or item.dtype.kind != "f" or not key.isdecimal():
+                raise WeightsError(f"{where}: '{key}' is no blob of numbers; not a caffemodel")
+            if item.is_virtual or item.external or item.shape is None:
+                raise WeightsError(f"{where}: blob {key} has its values elsewhere; not a caffemodel")
+            left -= math.prod(item.shape) * max(4, item.dtype.itemsize)
+            if left < 0:
+                raise WeightsError(f"{where}: blob {key} of {item.shape} is larger than the file; {_AGAIN}")
+            array = np.empty(item.shape, np.float32)
+            if array.size:
+                item.read_direct(array)
+            records[name].append((int(key), Blob(array)))
+
+    try:
+        with h5py.File(path, "r") as file:
+            if not isinstance(file.get("data"), h5py.Group):
+                raise WeightsError(f"{path}: HDF5 without a group 'data'; not a caffemodel")
+            walk(file["data"], "", 0)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{path}: HDF5 that cannot be read: {error}; {_AGAIN}") from None
+    found = []
+    for name, blobs in records.items():
+        if sorted(i for i, _ in blobs) != list(range(len(blobs))):
+            raise WeightsError(f"{path}: layer '{name}': a blob is missing; {_AGAIN}")
+        found.append(Record(name, "", [blob for _, blob in sorted(blobs, key=lambda pair: pair[0])]))
+    if not any(record.blobs for record in found):
+        raise WeightsError(f"{path}: holds no layers; not a caffemodel, or an empty one")
+    return Weights(path.name.partition(".")[0], found, "HDF5", memoryview(b""))
+
+
+def write_hdf5(path: Path, records: Sequence[Record]) -> None:
+    """Write weights as Caffe's ToHDF5 does, which stores neither types nor a net's name."""
+    import h5py
+
+    by_name = {record.name: record for record in records}
+    for name in by_name:
+        if not name or "/" in name or name == "." or "\0" in name:
+            raise WeightsError(
+                f"{path}: HDF5 has no place for a layer called '{name}'; write a binary .caffemodel"
+            )
+    try:
+        with h5py.File(path, "w") as file:
+            data = file.create_group("data")
+            for name, record in by_name.items():
+                group = data.create_group(name)
+                for i, blob in enumerate(record.blobs):
+                    group.create_dataset(str(i), data=blob.array)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be written as HDF5: {error}; check the free space") from None
 
 
 # ---- wire format ------------------------------------------------------------------------------------------
@@ -299,6 +427,13 @@ def _varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
+
+
+def _field(number: int, kind: int, value: memoryview | int) -> list[bytes | memoryview]:
+    """A field as ``_scan`` gives it, on the wire again."""
+    if isinstance(value, int):
+        return [_key(number, kind) + _varint(value)]
+    return [_key(number, kind) + (_varint(len(value)) if kind == _BYTES else b""), value]
 
 
 def _key(number: int, kind: int) -> bytes:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 
+MAX_LENGTH = 1000  # of a message: names in files may be megabytes long
+
 
 class RebirthError(Exception):
     """Something a person can mend. The command line prints ``error: <message>`` and exits with 2."""
 
     def __str__(self) -> str:
         """The message; control characters in a name of the user's are escaped, to keep it one line."""
-        return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match.group())[1:-1], super().__str__())
+        text = super().__str__()
+        if len(text) > MAX_LENGTH:
+            text = f"{text[: MAX_LENGTH // 2]} ... {text[-MAX_LENGTH // 2 :]}"
+        return re.sub(r"[\x00-\x1f\x7f]", lambda match: repr(match.group())[1:-1], text)
 
 
 class PrototxtError(RebirthError):

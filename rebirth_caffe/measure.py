@@ -169,12 +169,15 @@ def measure(
             net = Net.load(prototxt, given[i])
             _check_deploy(net)
             nets.append(Timed(name, prototxt, given[i], cost(net)))
-            filled = Path(folder, "filled.caffemodel")
-            if given[i] is None:
-                fill_missing(net, seed)
-                net.write_weights(filled)
+            files = prototxt, given[i]
+            if given[i] is None or net.converted:
+                files = Path(folder, "deploy.prototxt"), Path(folder, "weights.caffemodel")
+                if given[i] is None:
+                    fill_missing(net, seed)
+                net.write(files[0])
+                net.write_weights(files[1])
             for engine in engines:
-                session = engine.open(prototxt, given[i] or filled, threads=threads, batch=batch)
+                session = engine.open(*files, threads=threads, batch=batch)
                 sessions.append(stack.enter_context(session))
         times = time_in_turn(sessions, runs)
         of_layers = time_layers_in_turn(sessions, runs) if layers else None

@@ -8,12 +8,13 @@ file is meant for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
+
+import numpy as np
 
 from . import caffemodel, prototxt
 from .caffemodel import Blob, Record
@@ -350,6 +351,7 @@ class Net:
         self.header = header  # everything but the layers
         self.strangers: list[Record] = []  # weights of layers this net does not have
         self.image: tuple[int, int, int] | None = None  # C x H x W of a database the file only names
+        self.converted = False  # its files are in a format that not every engine reads
 
     @classmethod
     def load(
@@ -369,20 +371,20 @@ class Net:
 
     @classmethod
     def parse(cls, text: str, path: Path | str = "<text>") -> Net:
-        """Read a net from text."""
+        """Read a net from text; one of an older era is upgraded first, as Caffe does."""
+        tree = prototxt.parse(text, path)
+        converted = False
+        if any(f.name == "layers" for f in tree.fields):
+            from .upgrade import upgrade
+
+            upgraded = upgrade(text, path)
+            text, tree = upgraded.text, upgraded.tree(path)
+            converted = True
         items: list[Layer | str] = []
         header_fields = Message()
         at = 0
-        for f in prototxt.parse(text, path).fields:
-            end = f.end
-            for more in (_SEPARATOR, _REST_OF_LINE):
-                match = more.match(text, end)
-                end = match.end() if match else end
-            if f.name == "layers":
-                raise NetError(
-                    f"{path}:{f.line}: 'layers' is the format of 2013; "
-                    "upgrade the file with Caffe's upgrade_net_proto_text"
-                )
+        for f in tree.fields:
+            end = prototxt.end_of_field(text, f.end)
             if f.name == "layer":
                 if not isinstance(f.value, Message) or f.start == f.value_start:
                     raise NetError(f"{path}:{f.line}: write each layer as layer {{ ... }}")
@@ -395,6 +397,7 @@ class Net:
         header = caffe_pb2.NetParameter()
         unknown = prototxt.to_message(header_fields, header, path)
         net = cls(str(path), items, header)
+        net.converted = converted
         if not net.layers:
             hint = f" ('{unknown[0].name}' at line {unknown[0].line} is no field of a net)" if unknown else ""
             raise NetError(f"{path}: holds no layer{hint}; give a deploy or train_val prototxt")
@@ -447,6 +450,7 @@ class Net:
         net = Net(self.path, items, self.header)
         net.strangers = self.strangers
         net.image = self.image
+        net.converted = self.converted
         return net
 
     def replace(self, swap: Callable[[Layer], Iterable[Layer]]) -> Net:
@@ -478,7 +482,9 @@ class Net:
         if not any(layer.blobs for layer in net.layers):
             raise WeightsError(f"{path}: no layer with weights is called as one of {self.path}; wrong pair?")
         net.strangers = [r for r in weights.records if r.name not in names and r.blobs]
+        net.converted |= weights.storage in ("V0", "HDF5")
         check_weights(net, path)
+        _check_finite(net, path)
         return net
 
     def without_weights(self) -> Net:
@@ -494,8 +500,18 @@ class Net:
             record = layer.record or Record(layer.name, layer.type, [])
             if layer.name not in records or record.blobs:
                 records[layer.name] = (layer.param.SerializePartialToString(), record)
-        caffemodel.write(path, self.name, records.values())
+        caffemodel.write(path, caffe_pb2.NetParameter(name=self.name), records.values())
 
 
-_SEPARATOR = re.compile(r"(?:(?:[ \t\r\n\f\v]|#[^\n]*(?:\n|\Z))*[],;])*")  # "]" ends a list
-_REST_OF_LINE = re.compile(r"[ \t\r\f\v]*(?:#[^\n]*)?(?:\n|\Z)")
+def _check_finite(net: Net, path: Path | str) -> None:
+    """Raise WeightsError where weights are no numbers, with every layer that has such."""
+    bad = {
+        layer.name: sum(int(np.count_nonzero(~np.isfinite(blob.array))) for blob in layer.blobs)
+        for layer in net.layers
+    }
+    if any(bad.values()):
+        layers = ", ".join(f"'{name}' ({count})" for name, count in bad.items() if count)
+        raise WeightsError(
+            f"{path}: weights that are NaN or infinite in {layers}; the training went astray, "
+            "take an earlier snapshot"
+        )

@@ -9,7 +9,7 @@ layout.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -23,16 +23,22 @@ from google.protobuf.message import Message as ProtoMessage
 from .errors import PrototxtError
 
 MAX_DEPTH = 100  # protobuf's own limit for nested messages
+MAX_BYTES = 2**24  # of a file; a net of 10,000 layers has 3 million
+MAX_FIELDS = 1_000_000  # they take half a gigabyte of memory; a net of 10,000 layers has 200,000
 
+# No group is repeated here: the regular expression engine remembers every repetition of one.
 _TOKEN = re.compile(
-    r"""(?P<space>(?:[ \t\r\n\f\v]+|\#[^\n]*)+)
+    r"""(?P<space>[ \t\r\n\f\v]+)
+      | (?P<comment>\#[^\n]*)
       | (?P<word>[A-Za-z_][A-Za-z0-9_.]*)
       | (?P<number>(?:0[xX][0-9a-fA-F]+|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)[fF]?
                    (?![A-Za-z0-9_.]))
-      | (?P<string>"(?:[^"\\\n]|\\[^\n])*"|'(?:[^'\\\n]|\\[^\n])*')
+      | (?P<string>"[^"\\\n]*(?:\\[^\n][^"\\\n]*)*"|'[^'\\\n]*(?:\\[^\n][^'\\\n]*)*')
       | (?P<punct>[{}<>\[\]:;,-])""",
     re.VERBOSE,
 )
+_BLANK = ("space", "comment")
+_REST_OF_LINE = re.compile(r"[ \t\r\f\v]*(?:#[^\n]*)?(?:\n|\Z)")
 _CLOSING = {"{": "}", "<": ">"}
 _WHY = "a brace or quote too many or too few, or not a prototxt"
 
@@ -103,13 +109,17 @@ class Message:
 def read_text(path: Path) -> str:
     """A file's text; bytes that are not UTF-8 survive a later ``write`` unchanged (surrogateescape)."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise PrototxtError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
         raise PrototxtError(f"{path}: is a directory; give the prototxt file in it") from None
     except OSError as error:
         raise PrototxtError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+    if len(data) > MAX_BYTES:
+        size = f"larger than {MAX_BYTES >> 20} MB"
+        raise PrototxtError(f"{path}: {size}; not a prototxt, or one with its weights as text")
     if b"\0" in data:
         raise PrototxtError(
             f"{path}:{data[: data.index(0)].count(10) + 1}: binary data, not a prototxt; "
@@ -129,29 +139,38 @@ def parse(text: str, path: Path | str = "<text>") -> Message:
 
 
 class _Parser:
-    """Recursive descent over the tokens of one file."""
+    """Recursive descent over the tokens of one file, which are never all in memory."""
 
     def __init__(self, text: str, path: str) -> None:
         self.text = text
         self.path = path
-        self.newlines = [m.start() for m in re.finditer("\n", text)]
-        self.tokens: list[tuple[str, str, int]] = []  # kind, text, start
-        at = 0
-        while at < len(text):
-            match = _TOKEN.match(text, at)
+        self.count = 0  # of fields
+        self.counted = (0, 1)  # a place in the text, and its line
+        self.ahead = 0  # where the token after the current one is searched
+        self.advance()
+
+    def advance(self) -> None:
+        """Go on to the next token: its kind, its text, where it starts."""
+        while self.ahead < len(self.text):
+            at = self.ahead
+            match = _TOKEN.match(self.text, at)
             if match is None:
                 raise self.error(at, self._bad_token(at))
-            if match.lastgroup != "space":
-                self.tokens.append((str(match.lastgroup), match.group(), at))
-            at = match.end()
-        self.tokens.append(("end", "", len(text)))
-        self.i = 0
+            self.ahead = match.end()
+            if match.lastgroup not in _BLANK:
+                self.token = (str(match.lastgroup), match.group(), at)
+                return
+        self.token = ("end", "", len(self.text))
 
     def error(self, at: int, message: str) -> PrototxtError:
-        return PrototxtError(f"{self.path}:{self.line(at)}: {message}")
+        line = self.text.count("\n", 0, at) + 1
+        return PrototxtError(f"{self.path}:{line}: {message}")
 
     def line(self, at: int) -> int:
-        return bisect_right(self.newlines, at - 1) + 1
+        """The line of a place that is not before the last one asked for."""
+        place, line = self.counted
+        self.counted = (at, line + self.text.count("\n", place, at))
+        return self.counted[1]
 
     def _bad_token(self, at: int) -> str:
         if self.text[at] in "\"'":
@@ -170,7 +189,7 @@ class _Parser:
     def _fields(self, message: Message, closing: str, depth: int) -> None:
         """Read fields into ``message`` up to ``closing`` (not consumed)."""
         while True:
-            kind, word, at = self.tokens[self.i]
+            kind, word, at = self.token
             if word == closing and (kind == "punct" or not closing):
                 return
             if kind == "end":
@@ -180,68 +199,76 @@ class _Parser:
                 )
             if kind != "word":
                 raise self.error(at, f"expected a field name, found {_shown(word)}; {_WHY}")
-            self.i += 1
+            self.advance()
             self._field(message, word, at, depth)
-            if self.tokens[self.i][1] in (",", ";") and self.tokens[self.i][0] == "punct":
-                self.i += 1
+            if self.token[1] in (",", ";") and self.token[0] == "punct":
+                self.advance()
 
     def _field(self, message: Message, name: str, at: int, depth: int) -> None:
         colon = self._accept(":")
-        kind, word, value_at = self.tokens[self.i]
+        kind, word, value_at = self.token
         if kind == "punct" and word in "{<":
             self._message(message, name, at, depth)
         elif kind == "punct" and word == "[" and colon:
-            self.i += 1
+            self.advance()
             while not self._accept("]"):
-                kind, word, value_at = self.tokens[self.i]
+                kind, word, value_at = self.token
                 if kind == "punct" and word in "{<":
                     self._message(message, name, value_at, depth)
                 else:
                     self._scalar(message, name, value_at)
-                if self.tokens[self.i][1] != "]" and not self._accept(","):
-                    raise self.error(self.tokens[self.i][2], "expected ',' or ']' in a list; add it")
+                if self.token[1] != "]" and not self._accept(","):
+                    raise self.error(self.token[2], "expected ',' or ']' in a list; add it")
         elif colon:
             self._scalar(message, name, at)
         else:
             raise self.error(value_at, f"expected ':' or '{{' after '{name}', found {_shown(word)}; {_WHY}")
 
     def _accept(self, punct: str) -> bool:
-        kind, word, _ = self.tokens[self.i]
+        kind, word, _ = self.token
         if kind == "punct" and word == punct:
-            self.i += 1
+            self.advance()
             return True
         return False
 
     def _message(self, message: Message, name: str, at: int, depth: int) -> None:
         if depth >= MAX_DEPTH:
             raise self.error(at, f"messages nested more than {MAX_DEPTH} deep; not a net")
-        _, opening, value_at = self.tokens[self.i]
-        self.i += 1
+        _, opening, value_at = self.token
         inner = Message()
+        made = self._add(message, name, inner, at, value_at)
+        self.advance()
         self._fields(inner, _CLOSING[opening], depth + 1)
-        end = self.tokens[self.i][2] + 1
-        self.i += 1
-        one_line = "\n" not in self.text[at:end]
-        message.fields.append(Field(name, inner, self.line(at), at, end, value_at, end, one_line))
+        made.end = made.value_end = self.token[2] + 1
+        made.one_line = self.text.find("\n", at, made.end) < 0
+        self.advance()
+
+    def _add(self, message: Message, name: str, value: str | Message, at: int, value_at: int) -> Field:
+        """Put a field into ``message``; where it ends is seen later."""
+        self.count += 1
+        if self.count > MAX_FIELDS:
+            raise self.error(at, f"more than {MAX_FIELDS} fields; not a net, or one with its weights as text")
+        message.fields.append(Field(sys.intern(name), value, self.line(at), at, value_start=value_at))
+        return message.fields[-1]
 
     def _scalar(self, message: Message, name: str, at: int) -> None:
-        kind, word, start = self.tokens[self.i]
+        kind, word, start = self.token
         end = start + len(word)
-        self.i += 1
+        self.advance()
         if kind == "punct" and word == "-":
-            kind, word, after = self.tokens[self.i]
+            kind, word, after = self.token
             end = after + len(word)
-            self.i += 1
+            self.advance()
             if kind not in ("number", "word"):
                 raise self.error(after, f"expected a number after '-', found {_shown(word)}; add it")
         elif kind == "string":  # adjacent strings are one
-            while self.tokens[self.i][0] == "string":
-                end = self.tokens[self.i][2] + len(self.tokens[self.i][1])
-                self.i += 1
+            while self.token[0] == "string":
+                end = self.token[2] + len(self.token[1])
+                self.advance()
         elif kind not in ("number", "word"):
             raise self.error(start, f"expected a value for '{name}', found {_shown(word)}; add it")
-        text = self.text[start:end]
-        message.fields.append(Field(name, text, self.line(at), at, end, start, end))
+        made = self._add(message, name, self.text[start:end], at, start)
+        made.end = made.value_end = end
 
 
 def _shown(word: str) -> str:
@@ -268,7 +295,7 @@ _INT_RANGE = {
 
 def unquote(text: str) -> str:
     """The value of a (possibly adjacent, possibly escaped) string literal."""
-    out = b""
+    out = bytearray()
     for match in _TOKEN.finditer(text):  # comments may stand between adjacent strings
         if match.lastgroup != "string":
             continue
@@ -277,9 +304,9 @@ def unquote(text: str) -> str:
             out += encode(body[at : escape.start()])
             octal, hexa, short, long, simple = escape.groups()
             if octal:
-                out += bytes([int(octal, 8) & 255])
+                out.append(int(octal, 8) & 255)
             elif hexa:
-                out += bytes([int(hexa, 16)])
+                out.append(int(hexa, 16))
             elif short or long:
                 out += chr(int(short or long, 16)).encode("utf-8", "surrogatepass")
             else:
@@ -287,6 +314,29 @@ def unquote(text: str) -> str:
             at = escape.end()
         out += encode(body[at:])
     return out.decode("utf-8", "surrogateescape")
+
+
+def blanks(text: str) -> str:
+    """What separates the fields of a message, without commas, semicolons and what makes a list."""
+    return "".join(match.group() for match in _TOKEN.finditer(text) if match.lastgroup in _BLANK)
+
+
+def comments(text: str) -> list[str]:
+    """The comments in ``text``, each from its ``#`` to the end of its line."""
+    return [m.group().rstrip() for m in _TOKEN.finditer(text) if m.lastgroup == "comment"]
+
+
+def end_of_field(text: str, at: int) -> int:
+    """Where what belongs to the field that ends at ``at`` ends: separators, and the rest of its line."""
+    end = at
+    while (match := _TOKEN.match(text, at)) is not None:
+        at = match.end()
+        if match.group() in ("]", ",", ";"):  # "]" ends a list
+            end = at
+        elif match.lastgroup not in _BLANK:
+            break
+    match = _REST_OF_LINE.match(text, end)
+    return match.end() if match else end
 
 
 def quote(value: str) -> str:
@@ -346,7 +396,7 @@ def _scalar_value(descriptor: FieldDescriptor, text: str) -> Any:
     value: Any
     quoted = text[0] in "\"'"
     if text[0] == "-":  # spaces and comments may stand behind the sign
-        text = "-" + [match.group() for match in _TOKEN.finditer(text) if match.lastgroup != "space"][-1]
+        text = "-" + [match.group() for match in _TOKEN.finditer(text) if match.lastgroup not in _BLANK][-1]
     if kind == FieldDescriptor.CPPTYPE_STRING:
         if not quoted:
             raise ValueError(f"expected a quoted string, found {text[:40]}")
@@ -364,7 +414,9 @@ def _scalar_value(descriptor: FieldDescriptor, text: str) -> Any:
         by_name = enum.values_by_name.get(unquote(text) if quoted else text)
         if by_name is not None:
             return by_name.number
-        return int(text) if text.isdigit() and int(text) in enum.values_by_number else None
+        if not quoted and not re.fullmatch(r"-?[0-9]+|[A-Za-z_][A-Za-z0-9_.]*", text):
+            raise ValueError(f"expected a name or number, found {text[:40]}")
+        return int(text) if text.isdecimal() and int(text) in enum.values_by_number else None
     if quoted:
         raise ValueError(f"expected a number or word, found the string {text[:40]}; remove the quotes")
     if kind == FieldDescriptor.CPPTYPE_BOOL:

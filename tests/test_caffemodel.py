@@ -98,8 +98,6 @@ def test_current_storage(files, tmp_path):
     assert (weights.name, weights.storage) == ("small", "current")
     assert [(r.name, r.type) for r in weights.records] == [(x.name, x.type) for x in Net.parse(TEXT).layers]
     assert same(arrays(weights), values())
-    weights.write(tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == files["current"].read_bytes()
 
 
 def test_v1_storage(files, tmp_path):
@@ -115,8 +113,6 @@ def test_v1_storage(files, tmp_path):
     fitted = {x.name: [b.reshaped(s) for b, s in zip(x.blobs, SHAPES[x.name], strict=True)]
               for x in net.layers if x.blobs}  # fmt: skip
     assert same(fitted, values())
-    weights.write(tmp_path / "again")
-    assert (tmp_path / "again").read_bytes() == files["V1"].read_bytes()
 
 
 @pytest.mark.parametrize("storage", ["current", "V1"])
@@ -359,7 +355,7 @@ def test_a_file_cut_short_is_refused_wherever_the_cut_is(data, tmp_path):
     [
         (b"", "holds no layers; not a caffemodel, or an empty one"),
         (b"\n\x05small", "holds no layers"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5 weights; convert them to a binary .caffemodel with Caffe"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5 that cannot be read: "),
         (b"name: 'x'\nlayer { name: 'a' }\n", "not a caffemodel"),
         (b"PK\x03\x04" + bytes(50), "not a caffemodel"),
         (b"\x7fELF" + bytes(50), "not a caffemodel"),

@@ -306,10 +306,7 @@ def test_a_top_twice_in_a_state_nobody_uses_does_not_matter():
         ("", "f: holds no layer; give a deploy or train_val prototxt"),
         ("# nothing\n", "f: holds no layer; give a deploy"),
         ('net: "x"\nbase_lr: 0.1', "f: holds no layer ('net' at line 1 is no field of a net); give a deploy"),
-        (
-            '\nlayers { name: "a" }',
-            "f:2: 'layers' is the format of 2013; upgrade the file with Caffe's upgrade",
-        ),
+        ('\nlayers { name: "a" type: 1.5 }', "f:2: type: expected a name or number, found 1.5"),
         ("\nlayer { type: 1 }", "f:2: type: expected a quoted string"),
     ],
 )

@@ -14,7 +14,8 @@ Usage: tools/install_caffe.sh [DIR] [options]
 Unpacks Caffe 1.0 into DIR (default: .caffe/ beside this project's README) and leaves
   DIR/bin/caffe     the caffe command
   DIR/bin/python    Python 3.9 with pycaffe (import caffe)
-Both run from any directory, and DIR may be moved or copied. Run again, it only checks that they work.
+  DIR/bin/upgrade_* Caffe's commands that bring old files into today's format
+All run from any directory, and DIR may be moved or copied. Run again, it only checks that they work.
 
   --mirror URL    take the packages from this Debian mirror (for the day Debian 11 moves to an archive)
   --keyring FILE  the keys that mirror is signed with (default: the Debian archive's)
@@ -118,10 +119,11 @@ put() { # FILE MODE, the text on stdin; a file that is already right is left alo
 }
 
 furnish() { # NEW_DIR
-    local site
+    local site tool
     mkdir -p "$1/bin"
     wrapper "$1" caffe | put "$1/bin/caffe" 755
     wrapper "$1" python3 -s | put "$1/bin/python" 755
+    for tool in "$1"/root/usr/bin/upgrade_*; do wrapper "$1" "${tool##*/}" | put "$1/bin/${tool##*/}" 755; done
     for site in "$1"/root/usr/lib/python3.*/; do sitecustomize | put "${site}sitecustomize.py" 644; done
 }
 
