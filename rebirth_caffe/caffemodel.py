@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
@@ -28,7 +29,7 @@ MAX_BYTES = 2**31 - 1  # of a message of protobuf, in Caffe and everywhere
 
 # Field numbers of the schema that the scan needs (tests/test_schema.py holds the schema to real Caffe).
 _NET_NAME, _NET_V1_LAYER, _NET_LAYER = 1, 2, 100
-_LAYER_BLOBS = 7
+_LAYER_BOTTOM, _LAYER_TOP, _LAYER_BLOBS = 3, 4, 7
 _NAME_TYPE_BLOBS = {"current": (1, 2, _LAYER_BLOBS), "V1": (4, 5, 6), "V0": (1, 2, 50)}
 _V1_V0_LAYER = 1
 _BLOB_LEGACY, _BLOB_DATA, _BLOB_SHAPE, _BLOB_DOUBLE = (1, 2, 3, 4), 5, 7, 8
@@ -116,6 +117,45 @@ class Record:
     type: str
     blobs: list[Blob]
     raw: memoryview | None = None
+
+    def rewired(self, bottom: Iterable[str], top: Iterable[str]) -> Record:
+        """This record on other blobs; whatever else its bytes hold, a fork's fields too, stays."""
+        if self.raw is None:
+            return self
+        wiring = [(_LAYER_BOTTOM, name) for name in bottom] + [(_LAYER_TOP, name) for name in top]
+        pieces: list[bytes | memoryview] = [_bytes_field(number, name.encode()) for number, name in wiring]
+        for number, kind, value in _scan(self.raw, f"layer '{self.name}'"):
+            if number in (_LAYER_BOTTOM, _LAYER_TOP):
+                continue
+            pieces.append(_key(number, kind))
+            if kind == _VARINT:
+                pieces.append(_varint(int(value)))
+            else:
+                pieces += [_varint(len(value)), value] if kind == _BYTES else [value]
+        return Record(self.name, self.type, self.blobs, memoryview(b"".join(pieces)))
+
+    def fork_blobs(self, layer: Descriptor) -> dict[str, Blob]:
+        """Weights outside ``blobs``, where a fork's LayerParameter has fields for them: name -> blob."""
+        return dict(_fork_blobs(self.raw, layer, "")) if self.raw is not None else {}
+
+
+def _fork_blobs(message: memoryview, descriptor: Descriptor, prefix: str) -> Iterator[tuple[str, Blob]]:
+    """The BlobProtos among a message's fields and those of its sub-messages."""
+    fields = {f.number: f for f in descriptor.fields if f.message_type is not None}
+    count: dict[str, int] = {}
+    for number, kind, value in _scan(message, prefix or "layer"):
+        field = fields.get(number)
+        if field is None or kind != _BYTES or (not prefix and number == _LAYER_BLOBS):
+            continue
+        assert field.message_type is not None
+        name = prefix + field.name
+        if field.message_type.name == "BlobProto":
+            if field.is_repeated:
+                count[name] = count.get(name, -1) + 1
+                name = f"{name}[{count[name]}]"
+            yield name, Blob(raw=value, where=name)
+        elif not field.is_repeated:
+            yield from _fork_blobs(value, field.message_type, f"{name}.")
 
 
 @dataclass

@@ -13,14 +13,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from google.protobuf.message import Message as ProtoMessage
 
 from . import caffemodel, prototxt
 from .caffemodel import Blob, Record
 from .errors import NetError, WeightsError
 from .prototxt import Field, Message
 from .schema import caffe_pb2
+
+if TYPE_CHECKING:
+    from .schema.fork import Schema
 
 TRAIN, TEST = caffe_pb2.TRAIN, caffe_pb2.TEST
 # What in a layer has no part in what it computes from its weights.
@@ -132,8 +137,7 @@ class Layer:
                     at = f.value_end - self.offset
         layer = Layer.from_text("".join(pieces) + self.text[at:], path=self.path, line=self.line)
         if self.record is not None:
-            # The file's own bytes would carry the old wiring.
-            layer.record = Record(self.record.name, self.record.type, self.record.blobs)
+            layer.record = self.record.rewired(bottom, top)
         return layer
 
     def again(self, tree: Message) -> Layer:
@@ -352,6 +356,7 @@ class Net:
         self.strangers: list[Record] = []  # weights of layers this net does not have
         self.image: tuple[int, int, int] | None = None  # C x H x W of a database the file only names
         self.converted = False  # its files are in a format that not every engine reads
+        self.schema: Schema | None = None  # of the fork the file is for
 
     @classmethod
     def load(
@@ -359,14 +364,21 @@ class Net:
         prototxt_path: Path | str,
         weights: Path | str | None = None,
         image: tuple[int, int, int] | None = None,
+        schema: Schema | None = None,
     ) -> Net:
         """Read a net and, if given, its weights and the images (C x H x W) its Data layers read.
+
+        ``schema`` is that of the fork the net is for: its fields, too, must then have values of their kind.
 
         Raises PrototxtError, NetError or WeightsError with the place and what to do.
         """
         path = Path(prototxt_path)
         net = cls.parse(prototxt.read_text(path), path)
         net.image = image
+        if schema is not None:
+            net.schema = schema
+            for layer in net.layers:
+                net.message(layer)
         return net.with_weights(weights) if weights is not None else net
 
     @classmethod
@@ -451,6 +463,7 @@ class Net:
         net.strangers = self.strangers
         net.image = self.image
         net.converted = self.converted
+        net.schema = self.schema
         return net
 
     def replace(self, swap: Callable[[Layer], Iterable[Layer]]) -> Net:
@@ -491,7 +504,16 @@ class Net:
         """This net as its prototxt alone gives it."""
         net = Net.parse(self.text(), self.path)
         net.image = self.image
+        net.schema = self.schema
         return net
+
+    def message(self, layer: Layer) -> ProtoMessage:
+        """The layer as a message of the fork's schema, of stock Caffe's where none was given."""
+        if self.schema is None:
+            return layer.param
+        message = self.schema.layer()
+        prototxt.to_message(layer.tree, message, layer.path)
+        return message
 
     def write_weights(self, path: Path) -> None:
         """Write the weights of every layer, in current storage; unchanged layers keep their bytes."""
@@ -499,7 +521,7 @@ class Net:
         for layer in self.layers:
             record = layer.record or Record(layer.name, layer.type, [])
             if layer.name not in records or record.blobs:
-                records[layer.name] = (layer.param.SerializePartialToString(), record)
+                records[layer.name] = (self.message(layer).SerializePartialToString(), record)
         caffemodel.write(path, caffe_pb2.NetParameter(name=self.name), records.values())
 
 

@@ -81,6 +81,23 @@ class Result:
         }
 
     @cached_property
+    def fork_weights(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Weights that layers keep in fields of their fork's own: layer -> field -> shape."""
+        schema = self.net.schema
+        if schema is None:
+            return {}
+        found = {
+            layer.name: layer.record.fork_blobs(schema.descriptor)
+            for layer in self.net.layers
+            if layer.record is not None
+        }
+        return {
+            name: {field: blob.shape for field, blob in blobs.items()}
+            for name, blobs in found.items()
+            if blobs
+        }
+
+    @cached_property
     def without_weights(self) -> list[str]:
         """Layers that should have weights and got none from the file."""
         if not any(layer.blobs for layer in self.net.layers):
@@ -221,6 +238,7 @@ def rebirth(
     init: str = "inherit",
     seed: int = 0,
     image: tuple[int, int, int] | None = None,
+    proto: Path | str | None = None,
     training: Training | None = None,
 ) -> Result:
     """Read a net, merge what can be merged, and return the reborn one; nothing is written.
@@ -237,6 +255,7 @@ def rebirth(
         seed: of everything random.
         image: channels, height and width of the images a Data layer reads, where its prototxt does not say
             (a crop_size gives the size, mean values the channels).
+        proto: the caffe.proto of the fork the net is for.
         training: databases (and a solver template) to write the files of training for.
 
     Raises RebirthError with the place, what is wrong and what to do.
@@ -248,7 +267,12 @@ def rebirth(
             raise RebirthError(f"--{name} {value}: give one of {', '.join(known)}")
     if seed < 0:
         raise RebirthError(f"--seed {seed}: give a whole number from 0")
-    net = Net.load(prototxt, weights, image)
+    schema = None
+    if proto is not None:
+        from .schema import fork
+
+        schema = fork.load(proto)
+    net = Net.load(prototxt, weights, image, schema)
     if training is not None:
         net = prepare(net, training)
     if plan is None:

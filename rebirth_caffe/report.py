@@ -203,6 +203,13 @@ def _notes(result: Result) -> list[str]:
     if result.net.strangers:
         names = _some([record.name for record in result.net.strangers])
         lines.append(f"weights of layers this net does not have, not written: {names}")
+    if result.fork_weights:
+        fields = [
+            f"{layer} {field} ({'x'.join(map(str, shape))})"
+            for layer, blobs in result.fork_weights.items()
+            for field, shape in blobs.items()
+        ]
+        lines.append(f"weights in the fork's own fields, kept as they are: {_some(fields)}")
     if result.without_weights:
         lines.append(f"layers without weights, the file has none for them: {_some(result.without_weights)}")
     return lines

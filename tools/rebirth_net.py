@@ -47,6 +47,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--seed", metavar="N", type=cli.whole, default=0, help="of everything random (default: 0)")
     p.add_argument("--image", metavar="CxHxW", type=_image,
                    help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
+    p.add_argument("--proto", metavar="FORK.proto", help="the caffe.proto of the fork the net is for")
     p.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     t = p.add_argument_group("training", "write what tools/retrain.py and caffe train need, too")
@@ -110,7 +111,7 @@ def main() -> None:
     result = rebirth(
         args.prototxt, args.weights, plan=args.plan, only=args.only, skip=args.skip, exact=args.exact,
         reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed, image=args.image,
-        training=_training(args),
+        proto=args.proto, training=_training(args),
     )  # fmt: skip
     default = re.sub(r"[^\w.+-]", "_", result.original.name)[:60] + "_rebirth"
     out = default if args.out is None else args.out
