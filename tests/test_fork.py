@@ -13,7 +13,7 @@ from rebirth_caffe import caffemodel, schema
 from rebirth_caffe.errors import PrototxtError
 from rebirth_caffe.net import Net
 from rebirth_caffe.rebirth import rebirth
-from rebirth_caffe.schema import fork
+from rebirth_caffe.schema import caffe_pb2, fork
 from tests.test_rebirth_net import bad, good
 from tests.test_schema import file_facts
 
@@ -127,7 +127,7 @@ def files(tmp_path):
             one.norm_param.scale.add(data=[6]).shape.dim.append(1)
         raw = memoryview(one.SerializeToString())
         records.append((b"", caffemodel.Record(layer.name, layer.type, [], raw)))
-    caffemodel.write(tmp_path / "net.caffemodel", "net", records)
+    caffemodel.write(tmp_path / "net.caffemodel", caffe_pb2.NetParameter(name="net"), records)
     return tmp_path
 
 
