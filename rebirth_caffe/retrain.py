@@ -68,7 +68,8 @@ class Options:
     ``iterations`` a step, ``final_iterations`` of the whole net at the end, ``max_drop`` in points of top-1
     below the original (None: every step is kept), ``segment`` in iterations. ``schedule``: see Plan.steps.
     ``distil``: learn from the original, with the labels or from the images alone (one of distil.SOURCES);
-    "": from the labels only.
+    "": from the labels only. ``test_interval``: test on the way, too, at the ends of segments that are
+    multiples of so many iterations of their step (0: only at its end).
     """
 
     iterations: int = 90_000
@@ -79,6 +80,7 @@ class Options:
     gpus: tuple[str, ...] = ()
     schedule: str = "steps"
     distil: str = ""
+    test_interval: int = 0
 
 
 FLAGS = {"gpus": "--gpu"}
@@ -93,6 +95,7 @@ class Outcome:
     original: Accuracy
     final: Accuracy
     steps: list[Event]
+    curve: list[Event]  # on the way
     macs: tuple[int, int]  # of the deploy nets, original and final
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +103,7 @@ class Outcome:
         return {
             "original": {**dataclasses.asdict(self.original), "macs": self.macs[0]},
             "steps": self.steps,
+            "curve": self.curve,
             "final": {**dataclasses.asdict(self.final), "macs": self.macs[1]},
         }
 
@@ -380,6 +384,8 @@ class _Run:
         elif at < step.iterations:
             files.remove_snapshots(but=(weights, *(last or ())))
         while at < step.iterations:
+            if last is not None:
+                self._on_the_way(step, attempt, rate, at, reborn, last)
             stop = step.iterations if whole else min(at + self.options.segment, step.iterations)
             schedule = Schedule(
                 iterations=step.iterations,
@@ -433,6 +439,17 @@ class _Run:
             at, last = stop, made
         return weights if last is None else last.weights
 
+    def _on_the_way(
+        self, step: Step, attempt: int, rate: float, at: int, reborn: Net, last: Snapshot
+    ) -> None:
+        """Test what a step has come to by iteration ``at``, where that was asked for, once."""
+        place = {"step": step.folder, "attempt": attempt, "rate": rate, "iteration": at}
+        interval = self.options.test_interval
+        if not interval or at % interval or self.journal.find("curve", **place) is not None:
+            return
+        accuracy = self._test(reborn.with_weights(self.home / last.weights), f"{step.stage} at {at:,}")
+        self.tell("curve", self.journal.add("curve", **place, **dataclasses.asdict(accuracy)))
+
     def _skip(self, net: Net, iteration: int) -> int:
         """Batches from the start of the database to where an iteration reads, to within a batch."""
         layer = data_layer(net, TRAIN)
@@ -454,8 +471,12 @@ class _Run:
             {key: value for key, value in e.items() if key not in ("event", "step", "weights")}
             for e in self.journal.all("step")
         ]
+        curve = [
+            {key: value for key, value in e.items() if key not in ("event", "images")}
+            for e in self.journal.all("curve")
+        ]
         deployed = plans.without_dropout(deploy(net))
-        outcome = Outcome(original, _accuracy(tested), steps, (macs, cost(deployed).macs))
+        outcome = Outcome(original, _accuracy(tested), steps, curve, (macs, cost(deployed).macs))
         accuracy = json.dumps(outcome.to_json(), indent=2) + "\n"
         final = self.home / "final"
         if _holds(final, accuracy):

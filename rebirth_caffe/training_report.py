@@ -65,6 +65,9 @@ class Screen:
             self._progress(details)
         elif what == "testing":
             self._testing(details)
+        elif what == "curve":
+            self._print(f"{self._name()}: iteration {details['iteration']:,}, {_numbers(details)}")
+            self.accuracy = f"top-1 {details['top1']:.2%} at {details['iteration']:,}"
         elif what == "note":
             self._print(details["text"])
         elif what == "result":
@@ -219,14 +222,22 @@ def draw(home: Path) -> Path | None:
 class _Drawn:
     """One step in the picture."""
 
-    def __init__(self, start: int, stage: str, segments: list[Event], end: Event | None) -> None:
+    def __init__(
+        self, start: int, stage: str, segments: list[Event], curve: list[Event], end: Event | None
+    ) -> None:
         self.start, self.stage, self.end = start, stage, end
         self.points: list[tuple[int, float]] = []
+        self.top1: list[tuple[int, float]] = []  # on the way
         self.length = 0
         for attempt in dict.fromkeys(e["attempt"] for e in segments):
             mine = [e for e in segments if e["attempt"] == attempt]
             mine = [e for e in mine if e["rate"] == mine[-1]["rate"]]  # without what diverged
             self.points += [(self.length + x, y) for e in mine for x, y in e["losses"]]
+            self.top1 += [
+                (start + self.length + e["iteration"], 100 * e["top1"])
+                for e in curve
+                if (e["attempt"], e["rate"]) == (attempt, mine[-1]["rate"])
+            ]
             self.length += int(mine[-1]["iteration"])
 
 
@@ -238,7 +249,8 @@ def _drawn(journal: Journal) -> list[_Drawn]:
         end = journal.find("step", step=name)
         start = drawn[-1].start + drawn[-1].length if drawn else 0
         stage = end["stage"] if end is not None else name.partition("-")[2]
-        drawn.append(_Drawn(start, stage, [e for e in segments if e["step"] == name], end))
+        mine = [e for e in segments if e["step"] == name]
+        drawn.append(_Drawn(start, stage, mine, journal.all("curve", step=name), end))
     return drawn
 
 
@@ -291,6 +303,8 @@ def _accuracies(axes: Any, steps: list[_Drawn], original: Event) -> None:
         fontsize=9,
         color=GREY,
     )
+    for step in steps:
+        axes.plot([x for x, _ in step.top1], [y for _, y in step.top1], ".-", color=TOP1, alpha=0.5)
     ended = [(s.start + s.length, s.end) for s in steps if s.end is not None and s.end["top1"] is not None]
     for kept, style, label in ((True, "o-", "kept"), (False, "x", "rolled back")):
         points = [(x, 100 * e["top1"]) for x, e in ended if e["kept"] is kept]

@@ -138,6 +138,28 @@ class TestKilled:
             *("deploy.prototxt", "train_val.prototxt", "weights.caffemodel", "plan.yaml", "accuracy.json")
         }
 
+    def test_on_the_way_it_tests_and_changes_nothing(self, home, unkilled, caffe):
+        """In the middle of every step; killed right after, it does not test there again."""
+        options = dataclasses.replace(OPTIONS, test_interval=3)
+        heard: list[dict[str, Any]] = []
+
+        def tell(what: str, details: dict[str, Any]) -> None:
+            if what == "curve":
+                heard.append(details)
+                raise KeyboardInterrupt
+
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                retrain(home, options, CaffeTrainer(caffe), tell)
+        retrain(home, options, CaffeTrainer(caffe), tell)
+        assert [(e["step"], e["iteration"]) for e in heard] == [
+            *(("01-conv1", 3), ("02-conv2", 3), ("03-fine-tune", 3))
+        ]
+        found = json.loads((home / "final/accuracy.json").read_text())
+        assert [e["top1"] for e in found["curve"]] == [e["top1"] for e in heard]
+        assert all(0.1 < e["top1"] <= e["top5"] for e in found["curve"])
+        assert weights_of(home) == weights_of(unkilled)
+
     def test_every_segment_has_learned_from_the_one_before(self, unkilled):
         """Weights move in every step, and the layers that are reborn in it begin where init put them."""
         before = caffemodel.read(unkilled / "original/weights.caffemodel").by_name()

@@ -133,7 +133,7 @@ def test_the_table_has_every_step_and_what_became_of_it():
     left = {**STEP, "stage": "c", "kept": False, "top1": None, "top5": None, "loss": None, "iterations": 0}
     steps: list[dict[str, Any]] = [{**STEP, "stage": "a"}, {**STEP, "stage": "b", "kept": False}, left]
     first, last = Accuracy(0.915, 0.995, 0.25, 100), Accuracy(0.91, 0.99, 0.26, 100)
-    shown.summary(Outcome(first, last, steps, (7_000_000, 3_000_000)))
+    shown.summary(Outcome(first, last, steps, [], (7_000_000, 3_000_000)))
     rows = [line.split() for line in file.getvalue().splitlines() if "%" in line or " - " in line]
     assert rows[0] == ["original", "91.50%", "99.50%", "0.2500", "7.0"]
     assert rows[1] == ["a", "90.00%", "99.00%", "0.3000", "2,000", "1:15", "5.0"]
@@ -191,11 +191,16 @@ class TestPicture:
                 *(segment("01-a", i, attempt=1, rate=0.1) for i in (100, 200)),
                 *(segment("01-a", i, attempt=2, rate=0.1) for i in (100, 200)),
                 segment("02-x", 100),
+                *(
+                    {"event": "curve", "step": "01-a", "attempt": a, "rate": r, "iteration": 100, "top1": t}
+                    for a, r, t in ((1, 1.0, 0.1), (1, 0.1, 0.5), (2, 0.1, 0.75))
+                ),
             ],
         )
         first, second = module._drawn(Journal(tmp_path / "retrain/journal.jsonl"))
         assert (first.start, first.length, first.stage) == (0, 400, "a")
         assert [x for x, _ in first.points] == list(range(0, 400, 10))
+        assert (first.top1, second.top1) == ([(100, 50.0), (300, 75.0)], [])
         assert (second.start, second.length, second.stage, second.end) == (400, 100, "x", None)
         draw(tmp_path)
 
@@ -224,7 +229,7 @@ class TestPicture:
 
 
 def test_the_json_of_a_run_is_plain():
-    outcome = Outcome(Accuracy(0.9, 1.0, 0.1, 5), Accuracy(0.8, 1.0, 0.2, 5), [dict(STEP)], (9, 8))
+    outcome = Outcome(Accuracy(0.9, 1.0, 0.1, 5), Accuracy(0.8, 1.0, 0.2, 5), [dict(STEP)], [], (9, 8))
     found = json.loads(json.dumps(outcome.to_json()))
     assert found["original"] == {"top1": 0.9, "top5": 1.0, "loss": 0.1, "images": 5, "macs": 9}
     assert found["final"]["macs"] == 8
