@@ -149,9 +149,7 @@ def write(home: Path, steps: list[dict[str, Any]], segments: list[dict[str, Any]
     journal.add("begin")
     journal.add("original", top1=0.915, top5=0.995, loss=0.25)
     for segment in segments:
-        journal.add("segment", attempt=1, rate=1.0, **segment) if "rate" not in segment else journal.add(
-            "segment", **segment
-        )
+        journal.add(**{"event": "segment", "attempt": 1, "rate": 1.0, **segment})
     for step in steps:
         journal.add("step", **STEP | step)
 
