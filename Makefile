@@ -23,7 +23,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  PYTHON=python3.x chooses the Python (3.10 or newer) that .venv/ is made from"
 
-demo: $(TOOLS_READY) $(CAFFE_READY) ## rebirth GoogLeNet and CaffeNet, and time them against the originals
+demo: $(TOOLS_READY) $(CAFFE_READY) ## a net reborn, retrained and timed against its original; GoogLeNet's and CaffeNet's speed
 	@$(PY) tools/demo.py
 
 test: setup ## everything: ruff, mypy and the test suite, with real Caffe

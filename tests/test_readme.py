@@ -87,10 +87,10 @@ def test_commands_run_elsewhere_exist():
 
 
 def test_the_tour_runs(caffe, tmp_path):
-    done = run(
-        f"python tools/demo.py --runs 1 --engine caffe --out {shlex.quote(str(tmp_path / 'demo'))}", ROOT
-    )
+    out = shlex.quote(str(tmp_path / "demo"))
+    done = run(f"python tools/demo.py --runs 1 --iterations 2 --engine caffe --out {out}", ROOT)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"final +\d+\.\d\d%", done.stdout)
     assert done.stdout.count("reborn_auto") >= 4
     assert (tmp_path / "demo/bvlc_googlenet/reborn/deploy.prototxt").exists()
 

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Retrain one net from every start, with several lengths and seeds: how soon does it know again what it knew?
+
+For each start the learning rate is chosen first, on images held out of the training images; only then do
+the test images decide. Every run is one line of the output, and is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rebirth_caffe import cli
+
+# What a start is: weights of the reborn layers, and what it learns from then ("": labels alone).
+STARTS = {
+    "xavier": ("xavier", ""),
+    "inherit": ("inherit", ""),
+    "distil-images": ("inherit", "images"),
+    "distil-labels": ("inherit", "labels"),
+}
+# base_lr to choose from: SGD for labels alone (reborn layers ten times that), Adam for the others.
+RATES = {"": (0.0005, 0.001, 0.002, 0.004), "images": (0.001, 0.002, 0.004), "labels": (0.001, 0.002, 0.004)}
+SOLVERS = {
+    True: 'type: "Adam"\nmomentum: 0.9\nmomentum2: 0.999\n',
+    False: "momentum: 0.9\nweight_decay: 0.0005\n",
+}
+ENDS = 'lr_policy: "poly"\npower: 1\nsolver_mode: CPU\n'
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run. ``held_out``: trained and tested on the two parts of the training images."""
+
+    start: str
+    iterations: int
+    seed: int
+    rate: float
+    held_out: bool
+
+
+def parse_args() -> argparse.Namespace:
+    p = cli.Parser(description=__doc__.splitlines()[0])
+    p.add_argument("net", metavar="NET", type=Path, help="a folder of prototxts/ with its trained weights")
+    p.add_argument("--weights", metavar="W", type=Path, help="these instead of the folder's")
+    for name, what in (("train", "to learn from"), ("test", "to test on"),
+                       ("fit", "a part of the training images"), ("val", "the other part")):  # fmt: skip
+        p.add_argument(f"--{name}", metavar="LMDB", required=True, help=f"images: {what}")
+    p.add_argument(
+        "--starts", type=_names, default=tuple(STARTS), help=f"of {','.join(STARTS)} (default: all)"
+    )
+    p.add_argument("--iterations", type=_wholes, default=(1000, 3000, 10000), help="lengths to compare")
+    p.add_argument("--choose-at", type=cli.positive, default=1000, help="length the rate is chosen for")
+    p.add_argument("--seeds", type=_wholes, default=(1, 2, 3), help="default: 1,2,3")
+    p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="auto", help="default: auto")
+    p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
+    p.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)")
+    p.add_argument("--work", metavar="DIR", type=Path, default=Path("starts"), help="default: starts/")
+    p.add_argument("--out", metavar="JSONL", type=Path, required=True, help="a line for every run")
+    return p.parse_args()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in STARTS]:
+        raise argparse.ArgumentTypeError(f"'{unknown[0]}' is none of {', '.join(STARTS)}")
+    return names
+
+
+def _wholes(text: str) -> tuple[int, ...]:
+    return tuple(cli.positive(word) for word in text.split(","))
+
+
+def main() -> None:
+    args = parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    choosing = [
+        Job(start, args.choose_at, args.seeds[0], rate, True)
+        for start in args.starts
+        for rate in RATES[STARTS[start][1]]
+    ]
+    known = run(choosing, args)
+    rates: dict[str, float] = {}
+    for start in args.starts:
+        mine = [job for job in choosing if job.start == start]
+        rates[start] = max(mine, key=lambda job: known[job]["final"]["top1"]).rate
+        print(f"{start}: base_lr {rates[start]:g}", flush=True)
+    run(
+        [
+            Job(s, n, seed, rates[s], False)
+            for n in args.iterations
+            for seed in args.seeds
+            for s in args.starts
+        ],
+        args,
+    )
+
+
+def run(jobs: Iterable[Job], args: argparse.Namespace) -> dict[Job, dict[str, Any]]:
+    """The results of these jobs; those that are not in the output yet are run and added to it."""
+    known: dict[Job, dict[str, Any]] = {}
+    if args.out.exists():
+        for line in args.out.read_text("utf-8").splitlines():
+            entry = json.loads(line)
+            known[Job(**entry["job"])] = entry
+    todo = [job for job in jobs if job not in known]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(one, job, args): job for job in todo}
+        for done in as_completed(running):
+            entry = {"job": asdict(running[done]), **done.result()}
+            known[running[done]] = entry
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            print(
+                f"{running[done]}: top-1 {entry['final']['top1']:.2%}, {entry['seconds']:.0f} s", flush=True
+            )
+    return known
+
+
+def one(job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """Rebirth and retrain; what came of it."""
+    from rebirth_caffe.engines.caffe import find_caffe
+    from rebirth_caffe.engines.training import CaffeTrainer
+    from rebirth_caffe.rebirth import rebirth
+    from rebirth_caffe.retrain import Options, retrain
+    from rebirth_caffe.solver import TrainData
+    from rebirth_caffe.stages import Training
+
+    init, distil = STARTS[job.start]
+    part = "val" if job.held_out else "test"
+    home = args.work / f"{job.start}-{job.iterations}-{job.seed}-{job.rate:g}-{part}"
+    trainer = CaffeTrainer(find_caffe(args.caffe))
+    if not home.exists():
+        solver = home.with_suffix(".solver")
+        solver.write_text(f"base_lr: {job.rate:g}\n{ENDS}{SOLVERS[bool(distil)]}", "utf-8")
+        data = TrainData(args.fit, args.val) if job.held_out else TrainData(args.train, args.test)
+        weights = args.weights or args.net / f"{args.net.name}.caffemodel"
+        training = Training(data, solver, job.iterations, "joint", distil, trainer.engine)
+        net = args.net / "train_val.prototxt"
+        rebirth(net, weights, kernel=args.kernel, init=init, seed=job.seed, training=training).write(home)
+    segment = max(100, job.iterations // 20)
+    options = Options(
+        job.iterations, segment=segment, schedule="joint", distil=distil, test_interval=2 * segment
+    )
+    outcome = retrain(home, options, trainer)
+    assert outcome is not None
+    found = outcome.to_json()
+    return {**found, "seconds": sum(step["seconds"] for step in found["steps"])}
+
+
+if __name__ == "__main__":
+    cli.run(main)
