@@ -24,6 +24,7 @@ VERSION = 1
 SCHEDULES = ("steps", "joint", "joint-then-steps")
 JOINT = "joint"  # the training step in which everything is learned at once
 MAX_DEPTH = 20  # of a plan.yaml
+MAX_BYTES = 2**21  # of one; a plan of a net of 10,000 layers is smaller
 
 
 @dataclass(frozen=True)
@@ -516,13 +517,26 @@ def _document(path: Path) -> Any:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a safe loader: no code tags
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise PlanError(f"{path}: larger than {MAX_BYTES >> 20} MB; not a plan")
+        text = data.decode("utf-8")
         depth = 0
+        event: Any
         for event in yaml.parse(text, Loader=loader):  # the loader itself would recurse until it crashes
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            line = event.start_mark.line + 1
             if depth > MAX_DEPTH:
-                raise PlanError(f"{path}: lists or mappings more than {MAX_DEPTH} deep; not a plan")
-        return yaml.load(text, Loader=loader)
+                raise PlanError(f"{path}:{line}: lists or mappings more than {MAX_DEPTH} deep; not a plan")
+            if isinstance(event, yaml.AliasEvent):  # a few of them can stand for billions of merges
+                raise PlanError(f"{path}:{line}: *{event.anchor} repeats a part of the file; write it out")
+            if getattr(event, "tag", None) is not None:
+                raise PlanError(f"{path}:{line}: the tag {event.tag} has no place in a plan; remove it")
+        reader = loader(text)
+        node = reader.get_single_node()
+        _check_keys(node, path)
+        return None if node is None else reader.construct_document(node)
     except FileNotFoundError:
         raise PlanError(f"{path}: no such file; check the path of the plan") from None
     except IsADirectoryError:
@@ -535,6 +549,24 @@ def _document(path: Path) -> Any:
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or error
         raise PlanError(f"{path}{line}: not YAML: {problem}; correct it, or write a new plan") from None
+
+
+def _check_keys(node: Any, path: Path) -> None:
+    """Raise PlanError where a mapping gives a key twice: the loader would take the last one."""
+    value = "" if node is None else node.value
+    if isinstance(value, str):
+        return
+    keys: set[str] = set()
+    for item in value:
+        if isinstance(item, tuple):
+            key, item = item
+            if isinstance(key.value, str):
+                if key.value in keys:
+                    raise PlanError(
+                        f"{path}:{key.start_mark.line + 1}: '{key.value}' is given twice; keep one"
+                    )
+                keys.add(key.value)
+        _check_keys(item, path)
 
 
 class _Reader:

@@ -34,7 +34,8 @@ _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
 
 # "Iteration 200 (5.2 iter/s, 19s/100 iters), loss = 0.57"; older builds leave the bracket out.
-_PROGRESS = re.compile(r"Iteration (\d+)(?: \([^)]*\))?, loss = (\S+)")
+_PROGRESS = re.compile(r"Iteration (\d{1,18})(?: \([^)]*\))?, loss = (\S+)")
+MAX_LINE = 2**16  # what is longer is no line of Caffe's
 
 
 class Diverged(EngineError):
@@ -138,14 +139,14 @@ def train(caffe: Caffe, run: Run, progress: Callable[[int, float], None]) -> Non
     try:
         with open(os.devnull if run.log is None else run.home / run.log, "w", encoding="utf-8") as log:
             assert child.stderr is not None
-            for line in child.stderr:
+            while line := child.stderr.readline(MAX_LINE):
                 log.write(line)
                 tail.append(line)
-                seen = _PROGRESS.search(line)
-                if seen is not None:
-                    iteration, loss = int(seen.group(1)), _number(seen.group(2))
+                shown = displayed(line)
+                if shown is not None:
+                    iteration, loss = shown
                     if not math.isfinite(loss):
-                        raise Diverged(f"the loss became {seen.group(2)} at iteration {iteration}")
+                        raise Diverged(f"the loss became {loss} at iteration {iteration}")
                     progress(iteration, loss)
         status = child.wait()
     finally:
@@ -159,11 +160,15 @@ def train(caffe: Caffe, run: Run, progress: Callable[[int, float], None]) -> Non
         raise EngineError(f"{run.solver}: Caffe failed: {last_words(''.join(tail), status)[:500]}{more}")
 
 
-def _number(text: str) -> float:
+def displayed(line: str) -> tuple[int, float] | None:
+    """The iteration and the loss in a line of Caffe's log; NaN for a loss that is no number."""
+    seen = _PROGRESS.search(line)
+    if seen is None:
+        return None
     try:
-        return float(text)
+        return int(seen.group(1)), float(seen.group(2))
     except ValueError:
-        return math.nan
+        return int(seen.group(1)), math.nan
 
 
 def _command(caffe: Caffe, run: Run) -> tuple[list[str], str]:
