@@ -1,8 +1,9 @@
 """The data a rule proposes: merges and refusals. No behaviour; ``plan.py`` applies them.
 
-A merge replaces a group of layers that reads one blob from outside and gives one blob to the outside. Inside
-a merge these two are called ``@in`` and ``@out``, so that merges do not depend on each other's names, and the
-blob the rest of the net reads keeps its name and its shape.
+A merge replaces a group of layers. The blobs it reads from outside are called ``@in`` (``@in2``, ... in the
+order they are read in), those it gives to the outside ``@out`` (``@out2``, ...), so that merges do not depend
+on each other's names, and what the rest of the net reads keeps its name and its shape. A merge that has to be
+retrained reads one blob and gives one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 IN, OUT = "@in", "@out"
-EXACT_KINDS = ("fold", "drop")
+EXACT_KINDS = ("fold", "drop", "compose", "reorder", "join", "stride")
 KINDS = (*EXACT_KINDS, "streamline", "branches")
-GEOMETRY = ("num_output", "kernel", "stride", "pad", "group")
+GEOMETRY = ("num_output", "kernel", "stride", "pad", "dilation", "group")
+NEW_TYPES = ("Convolution", "Slice")  # of layers a merge brings along
 TENSOR = ("Convolution", "InnerProduct")  # layer types that can be reborn
+
+
+def border(name: str, index: int) -> str:
+    """The name of the blob ``index`` at a merge's border: @in, @in2, ...; @out, @out2, ..."""
+    return name if index == 0 else f"{name}{index + 1}"
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,13 @@ class Spec:
     A spec whose name is that of ``like`` keeps that layer, on other blobs. Any other is a reborn layer: made
     after ``like`` (type, training options, bias filler, unknown fields) with the geometry given here, and
     ``like``'s where it is None. Its output channels come from ``rows`` in order.
+
+    A spec with a ``type`` is like no other layer: a Slice at the channels ``slice_point``, or a 1x1
+    Convolution of one channel a group that passes on every ``stride``-th pixel.
     """
 
     name: str
-    like: str
+    like: str  # "" with a ``type``
     bottom: tuple[str, ...]
     top: tuple[str, ...]
     num_output: int | None = None
@@ -47,6 +57,9 @@ class Spec:
     pad: tuple[int, int] | None = None
     group: int | None = None
     rows: tuple[Rows, ...] = ()
+    dilation: tuple[int, int] | None = None
+    type: str = ""
+    slice_point: tuple[int, ...] = ()
 
     @property
     def kept(self) -> bool:

@@ -318,6 +318,24 @@ class Graph:
         """Every layer that produces this bottom in some state; None stands for an input of the net."""
         return self._producers.get((layer, bottom), [])
 
+    def border(self, layers: Sequence[Layer]) -> tuple[list[tuple[Layer, int]], list[tuple[Layer, int]]]:
+        """What layers, in the file's order, read from outside (each blob's first reader and its bottom index)
+        and what they give to the outside (its maker and top index): what others read, and what nobody does.
+        """
+        inside = set(layers)
+        sources: dict[tuple[object, ...], tuple[Layer, int]] = {}
+        outs = []
+        for layer in layers:
+            for i, name in enumerate(layer.bottom):
+                producers = [p for p in self.producers(layer, i) if p not in inside]
+                if producers:
+                    sources.setdefault((name, *producers), (layer, i))
+            for i in range(len(layer.top)):
+                readers = self.readers(layer, i)
+                if not readers or any(reader not in inside for reader, _ in readers):
+                    outs.append((layer, i))
+        return list(sources.values()), outs
+
     def view(self, phase: int) -> View:
         """The view for a phase: the plainest one there is, of the other phase if this one has none."""
         return self._plainest.get(phase, self.views[0])

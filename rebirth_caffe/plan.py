@@ -15,7 +15,20 @@ from typing import Any
 
 from .caffemodel import Blob, Record
 from .errors import NetError, PlanError, WeightsError
-from .merge import EXACT_KINDS, GEOMETRY, IN, KINDS, OUT, TENSOR, Merge, Refusal, Rows, Spec
+from .merge import (
+    EXACT_KINDS,
+    GEOMETRY,
+    IN,
+    KINDS,
+    NEW_TYPES,
+    OUT,
+    TENSOR,
+    Merge,
+    Refusal,
+    Rows,
+    Spec,
+    border,
+)
 from .net import Graph, Layer, Net, View
 from .prototxt import Field, Message, quote, render
 from .shapes import check_weights, infer
@@ -103,31 +116,88 @@ def propose(
     ``only`` and ``skip`` name merges or training steps. Merges that are left out stay in the plan, disabled.
     Raises PlanError for a name the plan does not have.
     """
-    from .derive import is_trainable
-    from .rules import Findings, Options, drop_dropout, fold_batchnorm, merge_branches, merge_streamline
+    from .rules import Findings, Options, merge_branches, merge_streamline
     from .rules.match import Matcher
 
-    found = Findings()
-    matcher = Matcher(net)
-    fold_batchnorm.propose(matcher, found)
-    if not is_trainable(net):
-        drop_dropout.propose(matcher, found)
-    merges = [_disabled(m, "--skip") if m.id in skip else m for m in found.merges]
-    refused = found.refused
+    ids: set[str] = set()
+    plain = _exact_merges(net, ids, skip)
+    found = Findings(ids=ids)
     if not exact:
-        folded = apply(net, Plan(net.name, tuple(merges)))
-        found = Findings(ids=found.ids)
-        matcher, options = Matcher(folded), Options(kernel, reduce)
+        matcher, options = Matcher(plain.net), Options(kernel, reduce)
         merge_branches.propose(matcher, options, found)
         merge_streamline.propose(matcher, options, found)
-        place = {layer.name: i for i, layer in enumerate(folded.layers)}
-        merges += sorted(found.merges, key=lambda m: min(place[name] for name in m.layers))
+    hands_off = plain.hands_off | {layer.name for layer in found.taken}
+    around = _exact_merges(plain.net, ids, skip, hands_off, everything=exact)
+    place = {layer.name: i for i, layer in enumerate(plain.net.layers)}
+    retrained = sorted(found.merges, key=lambda m: min(place[name] for name in m.layers))
+    merges = [*plain.merges, *around.merges, *retrained]
+    refused = list(plain.refused)
+    for more in (found.refused, around.refused if exact else []):
         told = {refusal.layers for refusal in refused}
-        refused = refused + [refusal for refusal in found.refused if refusal.layers not in told]
+        refused += [refusal for refusal in more if refusal.layers not in told]
     plan = select(net, Plan(net.name, tuple(merges)), only, skip)
     # A layer refused here may have found its place there, or its offer been taken.
     placed = {name for merge in (*merges, *plan.active) if merge.enabled for name in merge.absorbs}
     return Proposal(plan, [refusal for refusal in refused if refusal.layers[-1] not in placed])
+
+
+@dataclass
+class _Exact:
+    """Exact merges of a net, what they leave of it, and what was refused."""
+
+    net: Net
+    hands_off: set[str]  # layers that are not to be merged
+    merges: list[Merge] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+
+
+def _exact_merges(
+    net: Net,
+    ids: set[str],
+    skip: Sequence[str],
+    taken: Iterable[str] | None = None,
+    everything: bool = False,
+) -> _Exact:
+    """Ask the exact rules again and again, each time on the net they leave, until they find nothing more.
+
+    At first (``taken`` is None) those that clear the way for others; then, around the layers ``taken`` by
+    merges that are retrained, those that make new layers, too; with ``everything`` also what one engine gains
+    and another loses by.
+    """
+    from .derive import is_trainable
+    from .rules import (
+        Findings,
+        compose,
+        drop_dropout,
+        drop_unused,
+        fold_affine,
+        join_siblings,
+        pull_stride,
+        reorder,
+    )
+    from .rules.match import Matcher
+
+    rules = [fold_affine.propose, drop_unused.propose]
+    if not is_trainable(net):
+        rules += [drop_dropout.propose, drop_unused.propose_dead]
+    if taken is not None:
+        rules += [reorder.average_pools, compose.propose, pull_stride.propose, join_siblings.neighbours]
+    if everything:
+        rules += [join_siblings.sliced, reorder.relu_behind_pool]
+    done = _Exact(net, set(taken or ()))
+    while True:
+        matcher = Matcher(done.net)
+        found = Findings(ids=ids, taken={x for x in done.net.layers if x.name in done.hands_off})
+        for rule in rules:
+            rule(matcher, found)
+        told = {refusal.layers[-1] for refusal in done.refused} | done.hands_off
+        done.refused += [r for r in found.refused if r.layers[-1] not in told]
+        if not found.merges:
+            return done
+        merges = [_disabled(m, "--skip") if m.id in skip else m for m in found.merges]
+        done.hands_off.update(name for m in merges if not m.enabled for name in m.layers)
+        done.net = apply(done.net, Plan(done.net.name, tuple(merges)))
+        done.merges += merges
 
 
 def select(
@@ -168,9 +238,13 @@ def _only(net: Net, merges: list[Merge], names: set[str]) -> list[Merge]:
 
 
 def _foundations(net: Net, merges: list[Merge], merge: Merge) -> set[str]:
-    """The enabled merges that ``merge`` builds upon: they make its layers, or take a layer away above one."""
+    """The enabled merges that ``merge`` builds upon: they make its layers, put them on other blobs before it
+    does, or take a layer away above one."""
     enabled = [m for m in merges if m.enabled]
-    made = [m for m in enabled if any(s.name in merge.layers for s in m.becomes if not s.kept)]
+    before = {m.id for m in merges[: merges.index(merge)] if m.exact}
+    made = [
+        m for m in enabled if any(s.name in merge.layers for s in m.becomes if not s.kept or m.id in before)
+    ]
     taken_away = {name: m.id for m in enabled if not m.becomes for name in m.absorbs}
     needed = {m.id for m in made}
     group = {*merge.layers, *(name for m in made for name in m.absorbs)}
@@ -242,11 +316,15 @@ def _disjoint(net: Net, pending: list[Merge]) -> list[Merge]:
 
 @dataclass
 class _Border:
-    """What a group reads (where it is read first) and what it gives."""
+    """The blobs a group reads (where each is read first) and those it gives (who gives it, as which top)."""
 
-    reader: tuple[Layer, int]
-    out: str
-    last: Layer  # gives it
+    readers: list[tuple[Layer, int]]
+    outs: list[tuple[Layer, int]]
+
+    @property
+    def names(self) -> list[str]:
+        """The blobs it gives."""
+        return [maker.top[i] for maker, i in self.outs]
 
 
 def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
@@ -270,9 +348,9 @@ def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
 
     # Blobs that vanish because nothing replaces their makers: who reads them reads what the group read.
     vanished = {
-        (b.last, b.last.top.index(b.out)): b.reader
+        b.outs[0]: b.readers[0]
         for merge, b in zip(batch, borders, strict=True)
-        if not merge.becomes
+        if not merge.becomes and b.outs
     }
 
     def read_name(layer: Layer, index: int) -> str:
@@ -284,17 +362,19 @@ def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
         return name
 
     made: list[list[Layer]] = []
-    for merge, group, border in zip(batch, groups, borders, strict=True):
-        made.append(_make(net, merge, group, read_name(*border.reader), border.out))
+    for merge, group, around in zip(batch, groups, borders, strict=True):
+        sources = [read_name(*reader) for reader in around.readers]
+        made.append(_make(net, merge, group, sources, around.names))
         weights = weights_for(net, merge, init, seed)
         for layer in made[-1]:
             if layer.name in weights:
                 layer.record = Record(layer.name, layer.type, [Blob(a) for a in weights[layer.name]])
+    places = [_place(net, g, b) for g, b in zip(groups, borders, strict=True)]
 
     def swap(layer: Layer) -> Iterator[Layer]:
         if layer in group_of:
             i = group_of[layer]
-            if layer is groups[i][0]:
+            if layer is places[i]:
                 yield from made[i]
         else:
             yield layer.rewired([read_name(layer, i) for i in range(len(layer.bottom))], layer.top)
@@ -305,36 +385,50 @@ def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
 
 
 def _border(graph: Graph, merge: Merge, group: list[Layer]) -> _Border:
-    """The one blob a group reads from outside and the one it gives. Raises PlanError for another number."""
-    inside = set(group)
-    sources: dict[tuple[Any, ...], tuple[Layer, int]] = {}  # value -> its first reader
-    outs: list[tuple[str, Layer]] = []
-    for layer in group:
-        for i, name in enumerate(layer.bottom):
-            producers = [p for p in graph.producers(layer, i) if p not in inside]
-            if producers:
-                sources.setdefault((name, *producers), (layer, i))
-        for i, name in enumerate(layer.top):
-            outside = [r for r, _ in graph.readers(layer, i) if r not in inside]
-            if outside or not graph.readers(layer, i):
-                outs.append((name, layer))
-    if len(sources) != 1:
-        names = ", ".join(sorted({layer.bottom[i] for layer, i in sources.values()})) or "nothing"
+    """What a group reads and gives. Raises PlanError where the merge cannot have such a border."""
+    readers, outs = graph.border(group)
+    if merge.kind == "drop":
+        from .rules.drop_unused import is_output, passes_on
+
+        outs = [(maker, i) for maker, i in outs if graph.readers(maker, i) or is_output(graph, maker, i)]
+        if not outs:
+            return _Border(readers, outs)
+        if not all(layer.type == "Dropout" or passes_on(layer) for layer in group):
+            raise PlanError(
+                f"merge '{merge.id}': a drop removes a Dropout, a layer that changes nothing, or layers "
+                "nobody reads; correct it, or its kind"
+            )
+    if merge.exact and merge.becomes and readers and outs:
+        return _Border(readers, outs)
+    if len(readers) != 1:
+        names = ", ".join(sorted({layer.bottom[i] for layer, i in readers})) or "nothing"
         raise PlanError(f"merge '{merge.id}' reads {names}; a merge reads exactly one blob from outside")
     if len(outs) != 1:
-        names = ", ".join(sorted({name for name, _ in outs})) or "nothing"
+        names = ", ".join(sorted({layer.top[i] for layer, i in outs})) or "nothing"
         raise PlanError(f"merge '{merge.id}' gives {names}; other layers may read exactly one of its blobs")
-    return _Border(next(iter(sources.values())), *outs[0])
+    return _Border(readers, outs)
 
 
-def _make(net: Net, merge: Merge, group: list[Layer], source: str, out: str) -> list[Layer]:
+def _place(net: Net, group: list[Layer], around: _Border) -> Layer:
+    """The first layer of a group by which everything it reads is there: what it becomes takes its place."""
+    order = {layer: i for i, layer in enumerate(net.layers)}
+    producers = (p for reader, i in around.readers for p in net.graph.producers(reader, i) if p is not None)
+    last = max((order[p] for p in producers), default=-1)
+    return next(layer for layer in group if order[layer] > last)
+
+
+def _make(net: Net, merge: Merge, group: list[Layer], sources: list[str], outs: list[str]) -> list[Layer]:
     """The layers a merge becomes, on real blob names."""
-    names = {IN: source, OUT: out}
+    names = {border(IN, i): name for i, name in enumerate(sources)}
+    names.update({border(OUT, i): name for i, name in enumerate(outs)})
     layers: list[Layer] = []
     for spec in merge.becomes:
-        like = net.layer(spec.like)
         bottom = [names.get(name, name) for name in spec.bottom]
         top = [names.get(name, name) for name in spec.top]
+        if spec.type:
+            layers.append(_brought_along(net, spec, bottom, top))
+            continue
+        like = net.layer(spec.like)
         if spec.kept and (len(bottom), len(top)) == (len(like.bottom), len(like.top)):
             layers.append(like.rewired(bottom, top))
             continue
@@ -343,13 +437,33 @@ def _make(net: Net, merge: Merge, group: list[Layer], source: str, out: str) -> 
         tree.set("bottom", *map(quote, bottom))
         tree.set("top", *map(quote, top))
         if not spec.kept:
-            _set_geometry(tree, like, spec, merge.exact)
+            _set_geometry(tree, like, spec, merge)
         # What stood above the group stands above what it became.
         comments = group[0].comments if not layers else like.comments
         before = "" if not comments or comments.endswith(("\n", " ", "\t")) else net.newline
         body = render(Message([Field("layer", tree)]), newline=net.newline)
         layers.append(Layer.from_text(comments + before + body, path=like.path, line=like.line))
     return layers
+
+
+def _brought_along(net: Net, spec: Spec, bottom: list[str], top: list[str]) -> Layer:
+    """A layer that is like none of the net's: a Slice, or a Convolution that passes on some of the pixels."""
+    tree = Message([Field("name", quote(spec.name)), Field("type", quote(spec.type))])
+    tree.fields += [Field("bottom", quote(name)) for name in bottom]
+    tree.fields += [Field("top", quote(name)) for name in top]
+    if spec.type == "Slice":
+        param = Message([Field("slice_point", str(point)) for point in spec.slice_point])
+        tree.fields.append(Field("slice_param", param))
+    else:
+        assert spec.stride is not None
+        frozen = Message([Field("lr_mult", "0"), Field("decay_mult", "0")])
+        one = Message([Field("type", quote("constant")), Field("value", "1")])
+        channels = str(spec.num_output)
+        param = Message([Field("num_output", channels), Field("kernel_size", "1"), Field("group", channels)])
+        param.fields += _pair("stride", spec.stride, 1)
+        param.fields += [Field("bias_term", "false"), Field("weight_filler", one)]
+        tree.fields += [Field("param", frozen), Field("convolution_param", param)]
+    return Layer.from_text(render(Message([Field("layer", tree)]), newline=net.newline), path=net.path)
 
 
 def _check_merge(net: Net, merge: Merge) -> None:
@@ -359,79 +473,114 @@ def _check_merge(net: Net, merge: Merge) -> None:
         if not true:
             raise PlanError(f"merge '{merge.id}': {otherwise}")
 
-    types = [net.layer(name).type for name in merge.absorbs]
-    if merge.kind == "drop":
-        good = set(types) == {"Dropout"} and not merge.becomes
-        require(good, "a drop removes a Dropout, nothing else; correct it, or its kind")
-    if merge.kind == "fold":
-        good = len(merge.becomes) == 1 and types[0] in TENSOR and set(types[1:]) <= {"BatchNorm", "Scale"}
-        what = "a Convolution or InnerProduct of itself and the BatchNorms and Scales behind it"
-        require(good, f"a fold makes {what}; correct it, or its kind")
-    inside = {IN}
+    if merge.exact:
+        claim = _is_not_exact(net, merge)
+        require(claim is None, f"{claim}; correct it, or its kind")
+    inside = {border(IN, i) for i in range(sum(len(net.layer(name).bottom) for name in merge.layers))}
     for spec in merge.becomes:
         where = f"layer '{spec.name}'"
         for name in spec.bottom:
             require(name in inside, f"{where} reads '{name}', which is neither @in nor given above it")
         inside.update(spec.top)
+        if spec.type:
+            require(spec.type in NEW_TYPES and merge.exact and not spec.like,
+                    f"{where} is of type {spec.type}; a merge brings along a Slice or a Convolution that "
+                    "passes on pixels, and only where it is exact")  # fmt: skip
+            needed = ("slice_point",) if spec.type == "Slice" else ("num_output", "stride")
+            lacking = [key for key in needed if not getattr(spec, key)]
+            require(not lacking, f"{where} lacks its {' and '.join(lacking)}")
+            continue
         for name in (spec.like, *(row.layer for row in spec.rows if row.layer != IN)):
             require(name in merge.layers, f"{where} is made after '{name}', no layer of this merge")
         kind = net.layer(spec.like).type
         require(spec.kept or kind in TENSOR, f"{where} is made after '{spec.like}', a {kind}; only a "
                 "Convolution or InnerProduct can be reborn")  # fmt: skip
         given = [key for key in GEOMETRY if getattr(spec, key) is not None]
-        if given and (spec.kept or merge.exact):
+        if given and (spec.kept or merge.kind == "fold"):
             require(False, f"{where} keeps its weights: no {given[0]} can be given; give it another name")
         odd = [key for key in given if kind == "InnerProduct" and key != "num_output"]
         require(not odd, f"{where} is an InnerProduct: it has no {''.join(odd[:1])}")
     require(not merge.becomes or OUT in inside, "none of the layers it becomes gives @out")
 
 
-def _set_geometry(tree: Message, like: Layer, spec: Spec, exact: bool) -> None:
+def _is_not_exact(net: Net, merge: Merge) -> str | None:
+    """Why a merge that says it is exact cannot be, as far as its layers' types tell."""
+    from .rules.match import AFFINE
+
+    types = [net.layer(name).type for name in merge.absorbs]
+    reborn = [spec for spec in merge.becomes if not spec.kept and not spec.type]
+    tensors = [kind for kind in types if kind in TENSOR]
+    if merge.kind == "drop":
+        good, what = not merge.becomes, "drop becomes nothing"
+    elif merge.kind == "fold":
+        good = len(merge.becomes) == len(tensors) == 1 and {*types} <= {*tensors, *AFFINE}
+        what = "fold makes a Convolution or InnerProduct of itself and the BatchNorms and Scales beside it"
+    elif merge.kind == "compose":
+        good = len(types) == 2 and len(merge.becomes) == len(reborn) == 1 and {*types} <= {*TENSOR, "Pooling"}
+        what = "compose makes one Convolution or InnerProduct of two, or of one and a Pooling"
+    elif merge.kind == "reorder":
+        good, what = not merge.absorbs and not reborn, "reorder keeps every layer"
+    elif merge.kind == "join":
+        good = len(reborn) == 1 and len(reborn[0].rows) == len(tensors) > 1
+        what = "join makes one Convolution of several; its rows name them all"
+    else:
+        good = {spec.like for spec in reborn} == set(merge.absorbs) and set(types) == {"Convolution"}
+        what = "stride gives Convolutions another stride, and nothing else"
+    return None if good else f"a {what}"
+
+
+def _set_geometry(tree: Message, like: Layer, spec: Spec, merge: Merge) -> None:
     """Write a reborn layer's geometry into its tree; what the spec does not give stays."""
     key = "convolution_param" if like.type == "Convolution" else "inner_product_param"
     p = tree.message(key)
     if p is None:
         raise NetError(f"{like.where}: {key} is missing; give it a num_output")
-    if exact:  # a folded layer always has a bias
+    if merge.kind in ("fold", "compose", "join"):  # these always have a bias
         p.fields[:] = [f for f in p.fields if f.name != "bias_term"]
-        return
     geometry = [Field("num_output", str(spec.num_output))] if spec.num_output is not None else []
     drop = [f.name for f in geometry]
-    for name, base, pair, default in (
-        ("pad", "pad", spec.pad, 0),
-        ("kernel_size", "kernel", spec.kernel, None),
-        ("stride", "stride", spec.stride, 1),
+    for name, pair, default in (
+        ("pad", spec.pad, 0),
+        ("kernel_size", spec.kernel, None),
+        ("stride", spec.stride, 1),
+        ("dilation", spec.dilation, 1),
     ):
         if pair is None:
             continue
+        base = name.removesuffix("_size")
         drop += [name, f"{base}_h", f"{base}_w"]
-        if pair[0] != pair[1]:
-            geometry += [Field(f"{base}_h", str(pair[0])), Field(f"{base}_w", str(pair[1]))]
-        elif pair[0] != default:
-            geometry.append(Field(name, str(pair[0])))
-    at = next((i for i, f in enumerate(p.fields) if f.name in drop), 0)
+        geometry += _pair(name, pair, default)
+    at = next((i for i, f in enumerate(p.fields) if f.name in drop), len(p.fields))
     rest = [f for f in p.fields if f.name not in drop]
     p.fields[:] = [*rest[:at], *geometry, *rest[at:]]
     if spec.group not in (None, like.param.convolution_param.group):
         p.set("group", str(spec.group))
     filler = like.param.convolution_param if like.type == "Convolution" else like.param.inner_product_param
-    if filler.weight_filler.type != "xavier":  # the paper's start, whatever the original's was
+    if not merge.exact and filler.weight_filler.type != "xavier":  # the paper's start, whatever it was
         p.set("weight_filler", Message([Field("type", quote("xavier"))]))
+
+
+def _pair(name: str, pair: tuple[int, int], default: int | None) -> list[Field]:
+    """One of a convolution's fields for both axes, as Caffe's convolution_param has it."""
+    if pair[0] == pair[1]:
+        return [Field(name, str(pair[0]))] if pair[0] != default else []
+    names = (name, name) if name == "dilation" else [f"{name.removesuffix('_size')}_{axis}" for axis in "hw"]
+    return [Field(axis, str(value)) for axis, value in zip(names, pair, strict=True)]
 
 
 def _check(before: Net, after: Net, batch: list[Merge], borders: list[_Border]) -> None:
     """What must hold after every batch: the graph is whole, and what is still read has its old size."""
-    maker = {b.out: m.id for m, b in zip(batch, borders, strict=True)}
+    maker = {name: m.id for m, b in zip(batch, borders, strict=True) for name in b.names}
     for view in before.graph.views:
         try:
             sizes = {value.name: shape for value, shape in infer(View(after, view.state)).items()}
         except NetError as error:
-            raise PlanError(f"after merging {', '.join(maker.values())}: {error}") from None
+            raise PlanError(f"after merging {', '.join(m.id for m in batch)}: {error}") from None
         # Of a blob that is written in place the last value, as above.
         for name, shape in {value.name: shape for value, shape in infer(view).items()}.items():
             now = sizes.get(name, shape)
             if now != shape and shape is not None:
-                blame = maker.get(name) or ", ".join(maker.values())
+                blame = maker.get(name) or ", ".join(m.id for m in batch)
                 raise PlanError(
                     f"merge '{blame}': blob '{name}' would become {now} instead of {shape}; "
                     "correct its kernel, stride, pad or num_output"
@@ -443,8 +592,9 @@ def _check(before: Net, after: Net, batch: list[Merge], borders: list[_Border]) 
 _HEADER = """\
 # What rebirth_net.py does to {net}, in this order. Edit it and give it back with --plan.
 #   enabled: false leaves a merge out; instead_of names the merge that this one replaces when enabled
-#   stage groups merges into training steps; exact merges (fold, drop) need none
-#   becomes lists the layers that stand for the absorbed ones; @in and @out are the blobs at the border
+#   stage groups merges into training steps; exact merges ({exact}) need none
+#   becomes lists the layers that stand for the absorbed ones; @in and @out (@in2, @out2 ...) are the blobs at
+#   the border; a layer without like or type is one of the original, on these blobs
 #   like is the layer a reborn one is made after; rows says where its output channels come from
 """
 _MERGE_KEYS = {"id", "kind", "stage", "enabled", "instead_of", "note", "absorbs", "becomes"}
@@ -458,7 +608,7 @@ def dump(plan: Plan) -> str:
     document = {"version": VERSION, "net": plan.net, "merges": [_merge_data(m) for m in plan.merges]}
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
     body = yaml.dump(document, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110)
-    return _HEADER.format(net=plan.net.replace("\n", " ")) + body
+    return _HEADER.format(net=plan.net.replace("\n", " "), exact=", ".join(EXACT_KINDS)) + body
 
 
 def _merge_data(merge: Merge) -> dict[str, Any]:
@@ -474,13 +624,14 @@ def _merge_data(merge: Merge) -> dict[str, Any]:
 
 
 def _spec_data(spec: Spec) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": spec.name, "like": spec.like}
-    if spec.kept:
-        del data["like"]
+    data: dict[str, Any] = {"name": spec.name, "like": spec.like, "type": spec.type}
+    for key in ("like", "type"):
+        if not data[key] or spec.kept:
+            del data[key]
     data["bottom"], data["top"] = list(spec.bottom), list(spec.top)
-    for key in ("num_output", "kernel", "stride", "pad", "group"):
+    for key in (*GEOMETRY, "slice_point"):
         value = getattr(spec, key)
-        if value is not None:
+        if value not in (None, ()):
             data[key] = list(value) if isinstance(value, tuple) else value
     if spec.rows and spec.rows != (Rows(spec.like),):
         data["rows"] = [
@@ -603,7 +754,7 @@ class _Reader:
             raise PlanError(f"{self.path}: {where}: enabled is true or false")
         absorbs = self.words(data, "absorbs", where)
         becomes = tuple(self.spec(s, where) for s in self.sequence(data.get("becomes"), f"{where}: becomes"))
-        if not absorbs:
+        if not absorbs and kind != "reorder":
             raise PlanError(f"{self.path}: {where}: absorbs no layer")
         return Merge(
             id_,
@@ -620,7 +771,9 @@ class _Reader:
         data = self.mapping(data, f"{where}: becomes", _SPEC_KEYS)
         name = self.word(data, "name", where)
         where = f"{where}: layer '{name}'"
-        like = self.word(data, "like", where, name)
+        type_ = self.word(data, "type", where, "")
+        like = self.word(data, "like", where, "" if type_ else name)
+        points = self.sequence(data.get("slice_point", []), f"{where}: slice_point")
         rows = tuple(
             Rows(
                 self.word(self.mapping(r, f"{where}: rows", {"layer", "at"}), "layer", where),
@@ -638,7 +791,10 @@ class _Reader:
             self.pair(data, "stride", where, 1),
             self.pair(data, "pad", where, 0),
             self.count(data, "group", where),
-            rows or ((Rows(like),) if name != like else ()),
+            rows or ((Rows(like),) if like not in ("", name) else ()),
+            self.pair(data, "dilation", where, 1),
+            type_,
+            tuple(self.count({"slice_point": p}, "slice_point", where) or 0 for p in points),
         )
         if not spec.bottom or not spec.top:
             raise PlanError(f"{self.path}: {where}: needs a bottom and a top")

@@ -12,10 +12,10 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import plan as plans
 from .cost import Cost, cost
@@ -27,6 +27,9 @@ from .net import Net
 from .plan import Plan, Proposal
 from .stages import FOLDERS, Training, prepare
 from .stages import write as write_stages
+
+if TYPE_CHECKING:
+    from .verify import Verified
 
 KERNELS = ("keep", "cover", "auto")
 FILES = ("deploy.prototxt", "train_val.prototxt", "weights.caffemodel", "plan.yaml", "report.json")
@@ -48,6 +51,9 @@ class Result:
     training: Training | None = None
     init: str = "inherit"
     seed: int = 0
+    exact: bool = False  # nothing but exact merges was asked for: to be verified before it is written
+    caffe: str | None = None  # where the Caffe to verify it in is
+    verified: Verified | None = None
 
     @property
     def deploy(self) -> Net:
@@ -78,6 +84,7 @@ class Result:
                 for m in self.merges
             ],
             "refused": [{"layers": list(r.layers), "reason": r.reason} for r in self.refused],
+            **({} if self.verified is None else {"verified": asdict(self.verified)}),
         }
 
     @cached_property
@@ -111,9 +118,15 @@ class Result:
 
         All of them or none: whatever goes wrong, nothing is left behind. An existing directory is an error
         unless ``force``; then what an earlier run wrote there is replaced, and anything else left alone.
+        What is said to be exact is computed beside the original first (see ``verify``), and refused where it
+        is not.
         """
         out = Path(out)
         self._may_write(out, force)
+        if self.exact:
+            from .verify import verify
+
+            self.verified = verify(self.original, self.plan, self.caffe, self.seed)
         try:
             with ExitStack() as cleanup:
                 # The clean-up is there before what it cleans: an interrupt may come between any two lines.
@@ -240,6 +253,7 @@ def rebirth(
     image: tuple[int, int, int] | None = None,
     proto: Path | str | None = None,
     training: Training | None = None,
+    caffe: str | None = None,
 ) -> Result:
     """Read a net, merge what can be merged, and return the reborn one; nothing is written.
 
@@ -248,7 +262,7 @@ def rebirth(
         weights: its .caffemodel; without one only structure is rewritten.
         plan: a plan.yaml (or Plan) to apply instead of asking the rules.
         only, skip: ids of merges or training steps to make alone, or to leave out.
-        exact: only merges that change nothing the net computes.
+        exact: only merges that change nothing the net computes, all of them; verified when written.
         reduce: what is left of the reducers that feed an absorbing branch, 0 < reduce <= 1.
         kernel: keep, cover or auto (see ``rules.geometry.choose``).
         init: weights of reborn layers, xavier or inherit.
@@ -257,6 +271,7 @@ def rebirth(
             (a crop_size gives the size, mean values the channels).
         proto: the caffe.proto of the fork the net is for.
         training: databases (and a solver template) to write the files of training for.
+        caffe: where the Caffe is in which ``exact`` is verified, as in ``engines.caffe.find_caffe``.
 
     Raises RebirthError with the place, what is wrong and what to do.
     """
@@ -303,6 +318,8 @@ def rebirth(
         training=training,
         init=init,
         seed=seed,
+        exact=exact,
+        caffe=caffe,
     )
 
 

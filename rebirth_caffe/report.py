@@ -144,16 +144,35 @@ def _short(values: tuple[int, ...]) -> str:
 
 
 def _exact(merges: list[Merge]) -> list[str]:
-    """Exact merges, all told in a line or two."""
+    """Exact merges, a line a kind."""
     folds = [merge for merge in merges if merge.kind == "fold"]
-    drops = [merge.absorbs[0] for merge in merges if merge.kind == "drop"]
     lines = []
     if folds:
         absorbed, into = sum(len(merge.absorbs) - 1 for merge in folds), len(folds)
-        lines.append(f"exact: {absorbed} BatchNorm and Scale layers folded into the {into} layers below them")
-    if drops:
-        lines.append(f"exact: Dropout removed ({_some(drops)})")
-    return lines
+        where = "below" if all(m.absorbs[0] == m.becomes[0].like for m in folds) else "beside"
+        lines.append(f"{absorbed} BatchNorm and Scale layers folded into the {into} layers {where} them")
+    for kind, done in (
+        ("unused", "removed, because they make no difference"),
+        ("drop", "Dropout removed"),
+        ("compose", "two linear layers made one"),
+        ("reorder", "put behind what followed"),
+        ("join", "convolutions on one blob made one"),
+        ("stride", "stride of 1x1 convolutions pulled up from"),
+    ):
+        names = [name for merge in merges if _kind(merge) == kind for name in _about(merge)]
+        if names:
+            lines.append(f"{done} ({_some(names)})")
+    return [f"exact: {line}" for line in lines]
+
+
+def _kind(merge: Merge) -> str:
+    """A merge's kind, and what kind of drop it is."""
+    return "unused" if merge.id.startswith("unused:") else merge.kind
+
+
+def _about(merge: Merge) -> tuple[str, ...]:
+    """What to call an exact merge: the layers that are gone, else what its id says."""
+    return merge.absorbs if merge.kind == "drop" else (merge.id.partition(":")[2],)
 
 
 def _left_out(result: Result) -> list[str]:
@@ -194,8 +213,8 @@ def _costs(result: Result) -> Table:
 
 
 def _notes(result: Result) -> list[str]:
-    """What is missing: the deploy net, costs, weights."""
-    lines = []
+    """What was verified; what is missing: the deploy net, costs, weights."""
+    lines = [] if result.verified is None else [str(result.verified)]
     if result.no_deploy:
         lines.append(f"no deploy net could be derived: {result.no_deploy}")
     if result.before.unknown:

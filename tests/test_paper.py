@@ -132,7 +132,7 @@ def test_resnet_50_exact_computes_the_same_in_caffe(caffe, tmp_path):
     realistic(net)
     net.write_weights(tmp_path / "w.caffemodel")
     result = rebirth(original, tmp_path / "w.caffemodel", exact=True)
-    assert len(result.merges) == 53
+    assert len(result.merges) == 53 + 3 + 1  # folds, strides and a ReLU behind its pool
     assert all(m.exact for m in result.merges)
     assert not [x for x in result.deploy.layers if x.type in ("BatchNorm", "Scale")]
     result.write(tmp_path / "out")

@@ -345,7 +345,7 @@ NO_FOLD = "merge 'f': a fold makes a Convolution or InnerProduct of itself and t
         ("  becomes:\n  - {name: c/folded, like: c, bottom: ['@in'], top: ['@out']}", "  becomes: []",
          NO_FOLD),
         ("kind: fold\n  absorbs: [c, n]", "kind: drop\n  absorbs: [c, n]",
-         "merge 'f': a drop removes a Dropout, nothing else"),
+         "merge 'f': a drop becomes nothing"),
         ("name: c/folded, ", "name: c/folded, num_output: 5, ",
          "layer 'c/folded' keeps its weights: no num_output can be given"),
         ("name: c/folded, like: c,", "name: c, kernel: 5,",
@@ -441,6 +441,6 @@ def test_a_given_plan_is_chosen_from_in_the_same_way():
     path = ZOO / "resnet_50/deploy.prototxt"
     plan = plans.propose(Net.load(path)).plan
     assert [m.id for m in rebirth(path, plan=plan, only=["conv1"]).merges] == ["fold:conv1", "conv1"]
-    assert {m.kind for m in rebirth(path, plan=plan, exact=True).merges} == {"fold"}
+    assert {m.kind for m in rebirth(path, plan=plan, exact=True).merges} == {"fold", "stride"}
     plan = plans.propose(Net.load(CAFFENET)).plan
     assert [m.id for m in rebirth(CAFFENET, plan=plan, only=["conv1+pool1"]).merges] == ["conv1+pool1"]

@@ -945,7 +945,7 @@ def test_the_zoo_reborn_runs_in_real_caffe(name, kind, in_caffe, images, tmp_pat
         assert any(layer.endswith(("/rebirth", "/folded")) for layer in said["layers"])
         for layer in Net.load(path).layers:
             if layer.type in ("Convolution", "InnerProduct"):
-                assert len(records[layer.name].blobs) == 2
+                assert len(records[layer.name].blobs) == 1 + layer.param.convolution_param.bias_term
     shutil.rmtree(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Weights for the layers a merge makes: folded (exact), inherited, or drawn from a filler."""
+"""Weights for the layers a merge makes: computed (exact), inherited, or drawn from a filler."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ METHODS = ("xavier", "inherit")
 def weights_for(net: Net, merge: Merge, method: str, seed: int) -> dict[str, list[Array]]:
     """Blobs for every reborn layer of ``merge``, by name, from the weights in ``net`` (before the merge).
 
-    ``method`` is ``xavier`` or ``inherit``; folding is exact whatever the method. A layer made after one
-    that has no weights gets none. Raises WeightsError where folding lacks a blob, and where the weights are
-    those of a training that diverged.
+    ``method`` is ``xavier`` or ``inherit``; exact merges are so whatever the method. A layer made after
+    one that has no weights gets none. Raises WeightsError where an exact merge lacks a blob, and where the
+    weights are those of a training that diverged.
     """
-    from .fold import fold
+    from .exact import exact
     from .reborn import reborn
 
     try:
         with np.errstate(all="ignore"):
-            made = fold(net, merge) if merge.exact else reborn(net, merge, method, seed)
+            made = exact(net, merge) if merge.exact else reborn(net, merge, method, seed)
     except np.linalg.LinAlgError:
         made = None
     if made is None or not all(np.isfinite(blob).all() for blobs in made.values() for blob in blobs):

@@ -1,7 +1,12 @@
 """Rules propose merges; each family is one file.
 
-exact      fold_batchnorm    conv -> BatchNorm -> Scale     =>  conv
+exact      fold_affine       BatchNorm, Scale beside conv   =>  conv
+           compose           conv -> conv, conv -> AVE pool =>  conv, where cheaper
+           reorder           ReLU -> MAX pool               =>  MAX pool -> ReLU, and the like
+           pull_stride       conv -> ... -> 1x1 conv of s   =>  conv of s -> ... -> 1x1 conv
+           join_siblings     x -> [conv | conv]             =>  x -> conv (-> Slice)
            drop_dropout      x -> Dropout (deploy)          =>  x
+           drop_unused       what nobody reads, what passes its input on
 retrained  merge_branches    fork -> conv chains -> Concat  =>  fewer, wider branches
            merge_streamline  conv -> pool / LRN / BN ...    =>  conv of a larger stride
 
@@ -41,6 +46,11 @@ class Findings:
     def refuse(self, reason: str, layers: Iterable[Layer]) -> None:
         """Note why these layers are not merged."""
         self.refused.append(Refusal(tuple(layer.name for layer in layers), reason))
+
+    def add(self, merge: Merge, group: Iterable[Layer]) -> None:
+        """Note a merge of these layers; they are not to be merged again."""
+        self.merges.append(merge)
+        self.taken.update(group)
 
     def id(self, *wanted: str) -> str:
         """The first of these ids that no merge has, for one that is about to be made."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .. import params
-from ..merge import TENSOR
+from ..merge import IN, OUT, TENSOR, border
 from ..net import TEST, TRAIN, Graph, Layer, Net, Value, View
 from ..shapes import LOSSES, MaybeShape, infer
 
@@ -16,7 +16,11 @@ WEIGHTED = (*TENSOR, "Deconvolution", "Embed", "LSTM", "RNN")
 ACTIVATION = ("ReLU", "PReLU", "ELU", "Sigmoid", "TanH")
 NORMALISING = ("LRN", "BatchNorm", "Scale")
 ABSORBED = ("Pooling", *NORMALISING)
-REBIRTH, FOLDED = "/rebirth", "/folded"
+AFFINE = ("BatchNorm", "Scale", "Bias", "Power")  # of one bottom: factor x + shift, a channel
+REBIRTH, FOLDED, COMPOSED, JOINED, STRIDED, MOVED, CUT = (
+    f"/{what}" for what in ("rebirth", "folded", "composed", "joined", "strided", "moved", "slice")
+)
+_MADE = re.compile(rf"({'|'.join((REBIRTH, FOLDED, COMPOSED, JOINED, STRIDED))})\d*$")
 
 
 class Matcher:
@@ -47,13 +51,16 @@ class Matcher:
         A layer becomes one thing at most, so asking again gives the same name.
         """
         if (layer.name, suffix) not in self.reborn:
-            base = re.sub(rf"({REBIRTH}|{FOLDED})\d*$", "", layer.name)
-            name, i = base + suffix, 2
-            while name in self.known:
-                name, i = f"{base}{suffix}{i}", i + 1
-            self.reborn[layer.name, suffix] = name
-            self.known.add(name)
+            self.reborn[layer.name, suffix] = self.fresh_name(original_name(layer), suffix)
         return self.reborn[layer.name, suffix]
+
+    def fresh_name(self, base: str, suffix: str) -> str:
+        """A name for a new layer and its blob."""
+        name, i = base + suffix, 2
+        while name in self.known:
+            name, i = f"{base}{suffix}{i}", i + 1
+        self.known.add(name)
+        return name
 
     def untouchable(self, layer: Layer) -> str | None:
         """Why no rule may rewrite this layer's weights, or None."""
@@ -79,6 +86,11 @@ class Matcher:
         """Who reads the layer's first top in any phase."""
         return list(dict.fromkeys(reader for reader, _ in self.graph.readers(layer)))
 
+    def other_readers(self, layer: Layer) -> list[Layer]:
+        """Who else reads the layer's first bottom in any phase."""
+        values = [view.bottoms[layer][0] for view in self.graph.views if layer in view.bottoms]
+        return list(dict.fromkeys(r for value in values for r, _ in value.readers if r is not layer))
+
     def only_reader(self, layer: Layer) -> Layer | None:
         """The one layer that reads the only top of ``layer``, once and in the same phases, or None."""
         readers = self.graph.readers(layer)
@@ -96,6 +108,22 @@ class Matcher:
         if len(self.graph.readers(layer)) > 1:
             return f"'{reader.name}' reads '{layer.top[0]}' twice"
         return f"'{layer.name}' and '{reader.name}' are not in the same phases"
+
+    def border(self, group: Iterable[Layer]) -> tuple[dict[tuple[Layer, int], str], dict[Layer, str]]:
+        """What a merge of these layers calls the blobs at its border: (layer, bottom index) -> @in, @in2, ...
+        of every bottom from outside, and maker -> @out, @out2, ..."""
+        inside = set(group)
+        layers = [layer for layer in self.net.layers if layer in inside]
+
+        def source(reader: tuple[Layer, int]) -> tuple[object, ...]:
+            producers = [p for p in self.graph.producers(*reader) if p not in inside]
+            return (reader[0].bottom[reader[1]], *producers) if producers else ()
+
+        readers, outs = self.graph.border(layers)
+        names = {source(reader): border(IN, i) for i, reader in enumerate(readers)}
+        bottoms = [(layer, i) for layer in layers for i in range(len(layer.bottom))]
+        ins = {reader: names[source(reader)] for reader in bottoms if source(reader)}
+        return ins, {maker: border(OUT, i) for i, (maker, _) in enumerate(outs)}
 
     def simple(self, layer: Layer) -> bool:
         """One bottom, one top, a name of its own, and nothing in it that stock Caffe does not know."""
@@ -192,6 +220,19 @@ def unabsorbable(m: Matcher, layer: Layer) -> str | None:
 def _of_a_fork(layer: Layer) -> str:
     assert layer.strange is not None
     return f"'{layer.name}' has a field stock Caffe does not know, {layer.strange.name}"
+
+
+def original_name(layer: Layer) -> str:
+    """What a layer was called before merges."""
+    return _MADE.sub("", layer.name)
+
+
+def joins_channels(layer: Layer) -> bool:
+    """Whether a layer is Caffe's Concat along the channels."""
+    p = layer.param.concat_param
+    if layer.type != "Concat" or layer.strange is not None:
+        return False
+    return (p.concat_dim if p.HasField("concat_dim") else p.axis) == 1
 
 
 def plain_relu(layer: Layer) -> bool:

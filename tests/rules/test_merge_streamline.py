@@ -332,11 +332,11 @@ REFUSED = {
         {("c", "p"): "blob 'c' has a second reader, 'other'"},
     ),
     "a second reader behind the ReLU": (
-        [C, relu("r", "c"), layer("s", "Silence", "c", ""), pool("p", "c")],
+        [C, relu("r", "c"), fc("s", "c"), pool("p", "c")],
         {("c", "p"): "blob 'c' has a second reader, 's'"},
     ),
     "a reader in training": (
-        [C, layer("s", "Silence", "c", "", IN_TRAIN), lrn("n", "c")],
+        [C, layer("s", "HDF5Output", "c data", "", IN_TRAIN), lrn("n", "c")],
         {("c", "n"): "blob 'c' has a second reader, 's'"},
     ),
     "its mask": (

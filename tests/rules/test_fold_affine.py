@@ -1,5 +1,7 @@
 """conv -> BatchNorm -> Scale => conv: as real Caffe computes it, and what is refused."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -111,13 +113,14 @@ def test_legacy_blobs_fold_too(in_caffe, tmp_path):
 def test_resnet_50_keeps_its_function_and_no_batch_norm(in_caffe, tmp_path):
     original = with_weights(Net.load(ZOO / "resnet_50" / "deploy.prototxt"), seed=3)
     proposal, reborn = rebirth(original, exact=True)
-    assert [m.kind for m in proposal.plan.active] == ["fold"] * 53
+    kinds = Counter(m.kind for m in proposal.plan.active)
+    assert kinds == {"fold": 53, "stride": 3, "reorder": 1}
     assert not {x.type for x in reborn.layers} & {"BatchNorm", "Scale"}
-    assert len(original.layers) - len(reborn.layers) == 2 * 53
+    assert len(original.layers) - len(reborn.layers) == 2 * 53 - 3
     found = compute(in_caffe, tmp_path, [original, reborn])
-    for blob in ("res2a", "res3d", "res4f", "res5c", "fc1000"):
+    for blob in ("res2a", "res3c", "res4e", "res5c", "fc1000"):
         assert 0.05 < found[0][blob].std() < 50  # neither died nor exploded
-        assert difference(found[0][blob], found[1][blob]) < 1e-4
+        assert difference(found[0][blob], found[1][blob]) < 1e-5
 
 
 C = conv("c", "data", 6, 3)

@@ -1,0 +1,102 @@
+"""Layers that make no difference.
+
+x -> (what nobody reads)                                   =>  x
+x -> Concat of one, Slice into one, Power (1 x + 0) -> y   =>  x -> y
+
+In Caffe a blob that no layer reads is an output of the net and stays. Nobody reads what ends in a Silence,
+and in a deploy net what no TEST state contains.
+"""
+
+from __future__ import annotations
+
+from ..merge import Merge
+from ..net import TEST, Graph, Layer
+from ..shapes import RULES, SOURCES
+from . import Findings
+from .drop_dropout import why_it_stays
+from .match import Matcher
+
+
+def propose(m: Matcher, found: Findings) -> None:
+    """Every layer that passes its input on, and every group of layers that ends in nothing."""
+    for layer in m.net.layers:
+        if passes_on(layer) and layer not in found.taken:
+            reason = why_it_stays(m, layer)
+            if reason is not None:
+                found.refuse(reason, [layer])
+            else:
+                found.add(Merge(found.id(f"unused:{layer.name}"), "drop", "", (layer.name,), ()), [layer])
+
+
+def propose_dead(m: Matcher, found: Findings) -> None:
+    """Every group of layers of a deploy net that feeds no output."""
+    for group in _groups(m.graph, _dead(m.graph) - found.taken):
+        reason = _needed(m, group)
+        if reason is not None:
+            found.refuse(reason, group)
+        else:
+            names = tuple(layer.name for layer in group)
+            found.add(Merge(found.id(f"unused:{names[-1]}"), "drop", "", names, ()), group)
+
+
+def passes_on(layer: Layer) -> bool:
+    """Whether a layer's one top is its one bottom."""
+    if len(layer.bottom) != 1 or len(layer.top) != 1 or layer.strange is not None:
+        return False
+    power = layer.param.power_param
+    identity = (power.power, power.scale, power.shift) == (1, 1, 0)
+    return layer.type in ("Concat", "Slice", "Split") or (layer.type == "Power" and identity)
+
+
+def is_output(graph: Graph, layer: Layer, top: int) -> bool:
+    """Whether a top is an output of the net in TEST (of a net without that phase, in any)."""
+    views = [view for view in graph.views if view.state.phase == TEST] or graph.views
+    return any(layer in view.tops and not view.tops[layer][top].readers for view in views)
+
+
+def _dead(graph: Graph) -> set[Layer]:
+    """The layers from which no way leads to an output, a file or a layer this project does not know."""
+    dead = {
+        layer
+        for layer in graph.net.layers
+        if layer.type in RULES
+        and layer.type not in SOURCES
+        and (layer.top or layer.type == "Silence")
+        and not any(is_output(graph, layer, i) for i in range(len(layer.top)))
+    }
+    while True:
+        alive = {
+            layer
+            for layer in dead
+            if any(r not in dead for i in range(len(layer.top)) for r, _ in graph.readers(layer, i))
+        }
+        if not alive:
+            return dead
+        dead -= alive
+
+
+def _groups(graph: Graph, dead: set[Layer]) -> list[list[Layer]]:
+    """Dead layers that read each other's tops, in the file's order."""
+    groups: list[list[Layer]] = []
+    for layer in (x for x in graph.net.layers if x in dead):
+        producers = {p for i in range(len(layer.bottom)) for p in graph.producers(layer, i)}
+        feeding = [group for group in groups if not producers.isdisjoint(group)]
+        groups = [group for group in groups if group not in feeding]
+        groups.append([*(x for group in feeding for x in group), layer])
+    return groups
+
+
+def _needed(m: Matcher, group: list[Layer]) -> str | None:
+    """Why dead layers have to stay."""
+    nameless = next((x for x in group if not x.name or m.names[x.name] > 1), None)
+    if nameless is not None:
+        return f"'{nameless.name}' is a name that is not its own"
+    for reader, i in m.graph.border(group)[0]:
+        for producer in m.graph.producers(reader, i):
+            top = producer.top.index(reader.bottom[i]) if producer is not None else 0
+            if producer is None or (
+                all(r in group for r, _ in m.graph.readers(producer, top))
+                and not is_output(m.graph, producer, top)
+            ):
+                return f"'{reader.bottom[i]}' would become an output of the net"
+    return None
