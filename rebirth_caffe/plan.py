@@ -388,9 +388,8 @@ def _border(graph: Graph, merge: Merge, group: list[Layer]) -> _Border:
     """What a group reads and gives. Raises PlanError where the merge cannot have such a border."""
     readers, outs = graph.border(group)
     if merge.kind == "drop":
-        from .rules.drop_unused import is_output, passes_on
+        from .rules.drop_unused import passes_on
 
-        outs = [(maker, i) for maker, i in outs if graph.readers(maker, i) or is_output(graph, maker, i)]
         if not outs:
             return _Border(readers, outs)
         if not all(layer.type == "Dropout" or passes_on(layer) for layer in group):

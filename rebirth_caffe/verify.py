@@ -43,7 +43,7 @@ def verify(original: Net, plan: Plan, caffe: str | None = None, seed: int = 0) -
     before = deploy(_filled(original, seed))
     after = deploy(plans.apply(_filled(original, seed), plan))
     problems = []
-    for name in available_engines(caffe):
+    for name in ["caffe"] if caffe else available_engines():
         engine = get_engine(name, caffe)
         try:
             expected = _outputs(engine, before)

@@ -39,7 +39,6 @@ def parse_args() -> argparse.Namespace:
                    help="only what leaves the net's function as it is, and all of that; verified on random "
                    "inputs in Caffe (or OpenCV) before anything is written; without it, those exact merges "
                    "that no engine loses by are made beside the others")  # fmt: skip
-    p.add_argument("--caffe", metavar="PATH", help="the Caffe to verify --exact in (default: looked for)")
     p.add_argument("--reduce", metavar="R", type=_float, default=0.5,
                    help="what is left of the reducers under merged branches (default: 0.5)")  # fmt: skip
     p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="keep",
@@ -52,6 +51,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--image", metavar="CxHxW", type=_image,
                    help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
     p.add_argument("--proto", metavar="FORK.proto", help="the caffe.proto of the fork the net is for")
+    p.add_argument("--caffe", metavar="PATH",
+                   help="a Caffe's directory or command, for --exact and --distil")  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     t = p.add_argument_group("training", "write what tools/retrain.py and caffe train need, too")
@@ -69,13 +70,12 @@ def parse_args() -> argparse.Namespace:
     t.add_argument("--iterations", metavar="N", type=cli.positive,
                    help="of a step, in the solvers written (default: 90000)")  # fmt: skip
     cli.learning(t, "steps; joint with --distil", "no")
-    t.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command, for --distil")
     args = p.parse_args()
     if (args.train_data is None) != (args.test_data is None):
         p.error("--train-data and --test-data go together")
     for name in (
         *("mean_file", "mean_value", "scale", "crop", "mirror", "batch"),
-        *("solver", "iterations", "schedule", "distil", "caffe"),
+        *("solver", "iterations", "schedule", "distil"),
     ):
         if args.train_data is None and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')} is of no use without --train-data and --test-data")

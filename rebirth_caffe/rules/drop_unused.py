@@ -3,14 +3,13 @@
 x -> (what nobody reads)                                   =>  x
 x -> Concat of one, Slice into one, Power (1 x + 0) -> y   =>  x -> y
 
-In Caffe a blob that no layer reads is an output of the net and stays. Nobody reads what ends in a Silence,
-and in a deploy net what no TEST state contains.
+A blob that no layer reads is an output of the net and stays; what ends in a Silence nobody reads.
 """
 
 from __future__ import annotations
 
 from ..merge import Merge
-from ..net import TEST, Graph, Layer
+from ..net import Graph, Layer
 from ..shapes import RULES, SOURCES
 from . import Findings
 from .drop_dropout import why_it_stays
@@ -49,9 +48,8 @@ def passes_on(layer: Layer) -> bool:
 
 
 def is_output(graph: Graph, layer: Layer, top: int) -> bool:
-    """Whether a top is an output of the net in TEST (of a net without that phase, in any)."""
-    views = [view for view in graph.views if view.state.phase == TEST] or graph.views
-    return any(layer in view.tops and not view.tops[layer][top].readers for view in views)
+    """Whether a top is an output of the net in some state."""
+    return any(layer in view.tops and not view.tops[layer][top].readers for view in graph.views)
 
 
 def _dead(graph: Graph) -> set[Layer]:
@@ -91,12 +89,8 @@ def _needed(m: Matcher, group: list[Layer]) -> str | None:
     nameless = next((x for x in group if not x.name or m.names[x.name] > 1), None)
     if nameless is not None:
         return f"'{nameless.name}' is a name that is not its own"
-    for reader, i in m.graph.border(group)[0]:
-        for producer in m.graph.producers(reader, i):
-            top = producer.top.index(reader.bottom[i]) if producer is not None else 0
-            if producer is None or (
-                all(r in group for r, _ in m.graph.readers(producer, top))
-                and not is_output(m.graph, producer, top)
-            ):
-                return f"'{reader.bottom[i]}' would become an output of the net"
+    for view in m.graph.views:
+        for value in (value for layer in group for value in view.bottoms.get(layer, [])):
+            if value.producer not in group and all(reader in group for reader, _ in value.readers):
+                return f"'{value.name}' would become an output of the net"
     return None
