@@ -64,11 +64,11 @@ class Layer:
     def __repr__(self) -> str:
         return f"<Layer {self.name!r} {self.type}>"
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.param.name
 
-    @property
+    @cached_property
     def type(self) -> str:
         return self.param.type
 
@@ -440,6 +440,11 @@ class Net:
     @cached_property
     def layers(self) -> list[Layer]:
         return [item for item in self.items if isinstance(item, Layer)]
+
+    @cached_property
+    def places(self) -> dict[Layer, int]:
+        """Where in the file each layer stands."""
+        return {layer: i for i, layer in enumerate(self.layers)}
 
     @cached_property
     def _named(self) -> dict[str, list[Layer]]:

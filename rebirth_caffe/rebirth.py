@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -287,7 +288,38 @@ def rebirth(
         from .schema import fork
 
         schema = fork.load(proto)
-    net = Net.load(prototxt, weights, image, schema)
+    with _no_collector():
+        return _rebirth(
+            Net.load(prototxt, weights, image, schema), plan, only, skip, exact, reduce, kernel, init, seed,
+            training, tuple(Path(path) for path in (prototxt, weights) if path is not None),
+        )  # fmt: skip
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's garbage collector: what is made here lives on, and it would search all of it again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _rebirth(
+    net: Net,
+    plan: Path | str | Plan | None,
+    only: Sequence[str],
+    skip: Sequence[str],
+    exact: bool,
+    reduce: float,
+    kernel: str,
+    init: str,
+    seed: int,
+    training: Training | None,
+    sources: tuple[Path, ...],
+) -> Result:
     if training is not None:
         net = prepare(net, training)
     if plan is None:
@@ -314,7 +346,7 @@ def rebirth(
         before=cost(shipped),
         after=cost(deployed or reborn),
         no_deploy=why,
-        sources=tuple(Path(path) for path in (prototxt, weights) if path is not None),
+        sources=sources,
         training=training,
         init=init,
         seed=seed,

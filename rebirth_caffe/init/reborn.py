@@ -69,8 +69,8 @@ def reborn(net: Net, merge: Merge, method: str, seed: int) -> dict[str, list[Arr
 
 def _input_channels(net: Net, merge: Merge) -> int:
     """Channels of the merge's input: its first convolution reads as many."""
-    names = set(merge.layers)
-    first = next((x for x in net.layers if x.name in names and x.type == "Convolution"), None)
+    layers = [layer for layer in map(net.layer, merge.layers) if layer.type == "Convolution"]
+    first = min(layers, key=net.places.__getitem__, default=None)
     return _own(first)[0].shape[1] * _group(first) if first is not None and first.blobs else 0
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, count
 
 from ..merge import Merge, Refusal
 from ..net import Layer
@@ -54,7 +55,7 @@ class Findings:
 
     def id(self, *wanted: str) -> str:
         """The first of these ids that no merge has, for one that is about to be made."""
-        numbered = (f"{wanted[-1]}:{i}" for i in range(2, len(self.ids) + 3))
-        new = next(id_ for id_ in (*wanted, *numbered) if id_ not in self.ids)
+        numbered = (f"{wanted[-1]}:{i}" for i in count(2))
+        new = next(id_ for id_ in chain(wanted, numbered) if id_ not in self.ids)
         self.ids.add(new)
         return new
