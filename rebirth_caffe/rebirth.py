@@ -239,6 +239,19 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's garbage collector: what is made here lives on, and it would search all of it again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_no_collector()
 def rebirth(
     prototxt: Path | str,
     weights: Path | str | None = None,
@@ -288,38 +301,7 @@ def rebirth(
         from .schema import fork
 
         schema = fork.load(proto)
-    with _no_collector():
-        return _rebirth(
-            Net.load(prototxt, weights, image, schema), plan, only, skip, exact, reduce, kernel, init, seed,
-            training, tuple(Path(path) for path in (prototxt, weights) if path is not None),
-        )  # fmt: skip
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Without Python's garbage collector: what is made here lives on, and it would search all of it again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _rebirth(
-    net: Net,
-    plan: Path | str | Plan | None,
-    only: Sequence[str],
-    skip: Sequence[str],
-    exact: bool,
-    reduce: float,
-    kernel: str,
-    init: str,
-    seed: int,
-    training: Training | None,
-    sources: tuple[Path, ...],
-) -> Result:
+    net = Net.load(prototxt, weights, image, schema)
     if training is not None:
         net = prepare(net, training)
     if plan is None:
@@ -346,7 +328,7 @@ def _rebirth(
         before=cost(shipped),
         after=cost(deployed or reborn),
         no_deploy=why,
-        sources=sources,
+        sources=tuple(Path(path) for path in (prototxt, weights) if path is not None),
         training=training,
         init=init,
         seed=seed,
