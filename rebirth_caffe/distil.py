@@ -27,13 +27,14 @@ from .data import open_lmdb
 from .derive import DATA, deploy
 from .engines import Engine
 from .errors import NetError, RebirthError
-from .evaluate import Transform, batches
+from .evaluate import batches
 from .merge import OUT, Merge
 from .net import TEST, TRAIN, Layer, Net
 from .prototxt import Field, Message, number, quote, render
 from .rules.match import feeding, main_output
 from .shapes import LOSSES, all_param_shapes
 from .solver import data_layer
+from .transform import Transform
 
 LABELS, IMAGES = "labels", "images"  # what there is to learn from, besides the original
 SOURCES = (LABELS, IMAGES)

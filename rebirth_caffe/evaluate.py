@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from .cost import cost
@@ -18,8 +17,8 @@ from .data import Lmdb, open_lmdb
 from .derive import deploy
 from .engines import Engine
 from .errors import RebirthError
-from .net import TEST, Layer, Net
-from .schema import caffe_pb2
+from .net import TEST, Net
+from .transform import Transform
 
 BATCH = 100
 BATCH_BYTES = 256 << 20  # of all the net's blobs in a batch
@@ -29,69 +28,6 @@ Floats = NDArray[np.float32]
 
 class NotFinite(RebirthError):
     """A net whose output is no number."""
-
-
-@dataclass(frozen=True)
-class Transform:
-    """What is done to an image on its way into the net, as Caffe's DataTransformer does it in TEST.
-
-    A crop takes the centre; then the mean is subtracted, then ``scale`` multiplies.
-    """
-
-    crop: int = 0
-    mean_values: tuple[float, ...] = ()
-    mean_file: str | None = None
-    scale: float = 1.0
-
-    @classmethod
-    def of(cls, layer: Layer) -> Transform:
-        """The transformation a Data layer asks for."""
-        t = layer.param.transform_param
-        return cls(t.crop_size, tuple(t.mean_value), t.mean_file or None, t.scale)
-
-    def __call__(self, images: NDArray[np.uint8]) -> Floats:
-        """Images (... x C x H x W), ready for the net."""
-        channels, height, width = images.shape[-3:]
-        top, left = ((height - self.crop) // 2, (width - self.crop) // 2) if self.crop else (0, 0)
-        if min(top, left) < 0:
-            raise RebirthError(f"crop {self.crop} of {height}x{width} images; give a smaller --crop")
-        window = (..., *(slice(at, at + self.crop if self.crop else None) for at in (top, left)))
-        values = images[window].astype(np.float32)
-        if self.mean_file is not None:
-            mean = _mean_image(Path(self.mean_file))
-            if mean.shape != images.shape[-3:]:
-                raise RebirthError(
-                    f"{self.mean_file}: a mean of {_x(mean.shape)}, but the images are "
-                    f"{_x(images.shape[-3:])}; give the mean of these images, or --mean-value"
-                )
-            values -= mean[window]
-        elif self.mean_values:
-            if len(self.mean_values) not in (1, channels):
-                raise RebirthError(
-                    f"{len(self.mean_values)} mean values for images of {channels} channels; "
-                    "give one for each, or one for all"
-                )
-            values -= np.asarray(self.mean_values, np.float32).reshape(-1, 1, 1)
-        values *= np.float32(self.scale)
-        return values
-
-
-_means: dict[Path, Floats] = {}
-
-
-def _mean_image(path: Path) -> Floats:
-    """A mean.binaryproto, read once."""
-    if path not in _means:
-        blob = caffe_pb2.BlobProto()
-        try:
-            blob.ParseFromString(path.read_bytes())
-            shape = tuple(blob.shape.dim)[-3:] or (blob.channels, blob.height, blob.width)
-            _means[path] = np.asarray(blob.data, np.float32).reshape(shape)
-        except (DecodeError, ValueError) as error:
-            raise RebirthError(
-                f"{path}: no mean image of Caffe's ({error}); give a mean.binaryproto"
-            ) from None
-    return _means[path]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ from .engines.training import (
     snapshot_files,
 )
 from .errors import PlanError, RebirthError
-from .evaluate import Accuracy, NotFinite, Transform, evaluate_net
+from .evaluate import Accuracy, NotFinite, evaluate_net
 from .journal import Event, Journal, sole_user, sync
 from .merge import Merge
 from .net import TEST, TRAIN, Net
@@ -54,6 +54,7 @@ from .plan import Plan
 from .schema import caffe_pb2
 from .solver import Schedule, data_layer, solver_text, with_rates
 from .stages import Settings
+from .transform import Transform
 
 FINE_TUNE = "fine-tune"  # of the whole net, after the plan's own steps
 SLOWER = 0.1  # of the learning rate, once, after a step diverged

@@ -98,7 +98,7 @@ def prepare(net: Net, training: Training) -> Net:
     Raises RebirthError where a database is missing or the solver template is none.
     """
     from .data import open_lmdb
-    from .evaluate import Transform
+    from .transform import Transform
 
     solver_text(read_template(training.solver), Schedule(1, 0, "", ""), str(training.solver))
     made = trainable(net, training.data)

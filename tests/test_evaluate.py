@@ -16,10 +16,11 @@ from rebirth_caffe.data import Images, write_lmdb
 from rebirth_caffe.engines.caffe import CaffeEngine
 from rebirth_caffe.engines.opencv import OpenCVEngine
 from rebirth_caffe.errors import RebirthError
-from rebirth_caffe.evaluate import NotFinite, Transform, evaluate, evaluate_net
+from rebirth_caffe.evaluate import NotFinite, evaluate, evaluate_net
 from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import Net
 from rebirth_caffe.schema.caffe_pb2 import BlobProto
+from rebirth_caffe.transform import Transform
 from tests import tiny
 
 TOOL = tiny.ROOT / "tools" / "evaluate.py"

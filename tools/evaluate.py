@@ -41,9 +41,10 @@ def main() -> None:
     args = parse_args()
     from rebirth_caffe.data import lmdb_info
     from rebirth_caffe.engines import get_engine
-    from rebirth_caffe.evaluate import Transform, evaluate_net, show_progress
+    from rebirth_caffe.evaluate import evaluate_net, show_progress
     from rebirth_caffe.net import Net
     from rebirth_caffe.solver import data_layer
+    from rebirth_caffe.transform import Transform
 
     info = lmdb_info(args.data)
     net = Net.load(args.net, args.weights, (info.channels, info.height, info.width))
