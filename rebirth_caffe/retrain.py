@@ -68,6 +68,7 @@ class Options:
 
     ``iterations`` a step, ``final_iterations`` of the whole net at the end, ``max_drop`` in points of top-1
     below the original (None: every step is kept), ``segment`` in iterations. ``schedule``: see Plan.steps.
+    ``engine``, ``device``, ``amp``: what trains, where, and "bf16" or "" for float32.
     ``distil``: learn from the original, with the labels or from the images alone (one of distil.SOURCES);
     "": from the labels only. ``test_interval``: test on the way, too, at the ends of segments that are
     multiples of so many iterations of their step (0: only at its end).
@@ -79,6 +80,9 @@ class Options:
     segment: int = 1000
     threads: int = 1
     gpus: tuple[str, ...] = ()
+    engine: str = "caffe"
+    device: str = "cpu"
+    amp: str = ""
     schedule: str = "steps"
     distil: str = ""
     test_interval: int = 0
@@ -599,3 +603,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+if __name__ == "__main__":  # as torchrun starts it: python -m rebirth_caffe.retrain
+    from rebirth_caffe import cli
+    from rebirth_caffe.retrain_command import main
+
+    cli.run(main)

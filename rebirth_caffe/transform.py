@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+T = TypeVar("T", np.uint8, np.float32)
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,16 @@ class Transform:
             step = -1 if self.mirror and turn < 0.5 else 1
             value[...] = self._window(image, *at)[..., ::step]
             if self.mean_file is not None:
-                mean = self._mean(image.shape)
-                assert mean is not None
-                value -= self._window(mean, *at)[..., ::step]
-        if self.mean_values and self.mean_file is None:
-            values -= self._mean(values.shape[-3:])
+                whole = self._mean(image.shape)
+                assert whole is not None
+                value -= self._window(whole, *at)[..., ::step]
+        mean = None if self.mean_file is not None else self._mean(values.shape[-3:])
+        if mean is not None:
+            values -= mean
         values *= np.float32(self.scale)
         return values
 
-    def _window(self, images: NDArray[np.generic], top: int, left: int) -> NDArray[np.generic]:
+    def _window(self, images: NDArray[T], top: int, left: int) -> NDArray[T]:
         if not self.crop:
             return images
         height, width = images.shape[-2:]

@@ -13,7 +13,7 @@ from rebirth_caffe.caffemodel import Blob, Record
 from rebirth_caffe.engines import Engine, Session, available_engines, get_engine, known_engines
 from rebirth_caffe.engines import caffe as finder
 from rebirth_caffe.engines.caffe import Caffe, CaffeEngine, find_caffe
-from rebirth_caffe.engines.child import WORKER, ChildSession, last_words
+from rebirth_caffe.engines.child import WORKER, ChildSession, last_words, worker_command
 from rebirth_caffe.errors import EngineError, RebirthError
 from rebirth_caffe.net import Net
 from rebirth_caffe.shapes import all_param_shapes
@@ -315,19 +315,19 @@ def test_what_a_runtime_prints_does_not_disturb(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     request = {"backend": "opencv", "prototxt": "x"}
     with pytest.raises(EngineError, match="x: OpenCV refuses it: ImportError: no library"):
-        ChildSession("OpenCV", sys.executable, os.environ, request)
+        ChildSession("OpenCV", worker_command(sys.executable), os.environ, request)
 
 
 def test_a_python_that_cannot_be_run(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="cannot be run: No such file"):
-        ChildSession("Caffe", tmp_path / "python", os.environ, {"prototxt": "x"})
+        ChildSession("Caffe", [str(tmp_path / "python")], os.environ, {"prototxt": "x"})
 
 
 # ---- which engines, which Caffe ---------------------------------------------------------------------------
 
 
 def test_engines_by_name(caffe: Caffe) -> None:
-    assert available_engines() == list(known_engines()) == ["caffe", "opencv"]
+    assert available_engines() == list(known_engines()) == ["caffe", "opencv", "torch"]
     assert get_engine("caffe").version == caffe.version
     assert get_engine("opencv").version.startswith("4.")
     with pytest.raises(RebirthError, match="engine 'mxnet' is not known; known are caffe, opencv"):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure a net's top-1 and top-5 accuracy over a database, in Caffe or in OpenCV."""
+"""Measure a net's top-1 and top-5 accuracy over a database, in Caffe, OpenCV or torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("net", metavar="NET.prototxt", type=Path, help="a deploy or train_val net")
     p.add_argument("weights", metavar="WEIGHTS", type=Path, help="its caffemodel")
     p.add_argument("--data", metavar="LMDB", required=True, help="labelled images (tools/make_lmdb.py)")
-    p.add_argument("--engine", choices=("caffe", "opencv"), default="caffe", help="default: caffe")
+    p.add_argument("--engine", choices=("caffe", "opencv", "torch"), default="caffe", help="default: caffe")
     p.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)")
     p.add_argument("--threads", metavar="N", type=cli.positive, default=1, help="default: 1")
     mean = p.add_mutually_exclusive_group()

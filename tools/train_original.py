@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rebirth_caffe import cli
+from rebirth_caffe.retrain_command import engine_options, trainer_for
 
 
 def parse_args() -> argparse.Namespace:
@@ -24,8 +25,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--train-data", metavar="LMDB", help="images to train on (default: as in train_val)")
     p.add_argument("--test-data", metavar="LMDB", help="images to test on (default: as in train_val)")
     p.add_argument("--out", metavar="DIR", type=Path, help="where to work (default: <name>_original/)")
-    p.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)")
-    p.add_argument("--threads", metavar="N", type=cli.positive, default=1, help="of the CPU (default: 1)")
+    engine_options(p)
     p.add_argument("--iterations", metavar="N", type=cli.positive, help="default: the solver's max_iter")
     p.add_argument("--segment", metavar="N", type=cli.positive, default=1000,
                    help="iterations between snapshots (default: 1000)")  # fmt: skip
@@ -35,20 +35,22 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from rebirth_caffe.engines.caffe import find_caffe
-    from rebirth_caffe.engines.training import CaffeTrainer
     from rebirth_caffe.originals import begin
     from rebirth_caffe.retrain import Options, retrain
     from rebirth_caffe.training_report import Screen, draw
 
     out = args.out or Path(f"{args.net.resolve().name}_original")
-    iterations = begin(args.net, out, args.train_data, args.test_data, args.iterations, args.seed)
-    options = Options(1, iterations, segment=args.segment, threads=args.threads)
-    with Screen() as screen:
-        outcome = retrain(out, options, CaffeTrainer(find_caffe(args.caffe)), screen.tell)
-        draw(out)
-        if outcome is not None:
-            screen.summary(outcome)
+    with trainer_for(args) as trainer:
+        if trainer is None:
+            return
+        iterations = begin(args.net, out, args.train_data, args.test_data, args.iterations, args.seed)
+        engine = {name: getattr(args, name) for name in ("threads", "engine", "device", "amp")}
+        options = Options(1, iterations, segment=args.segment, **engine)
+        with Screen() as screen:
+            outcome = retrain(out, options, trainer, screen.tell)
+            draw(out)
+            if outcome is not None:
+                screen.summary(outcome)
     print(f"wrote {out}/final/: weights.caffemodel, deploy.prototxt, accuracy.json")
 
 

@@ -79,11 +79,11 @@ class Engine(Protocol):
 
 def known_engines() -> tuple[str, ...]:
     """The engines' names, whether or not this machine has them."""
-    return ("caffe", "opencv")
+    return ("caffe", "opencv", "torch")
 
 
 def get_engine(name: str, caffe: str | None = None) -> Engine:
-    """The engine called ``name``; ``caffe`` says where Caffe is, as in ``find_caffe``.
+    """The engine called ``name``, on the CPU; ``caffe`` says where Caffe is, as in ``find_caffe``.
 
     Raises RebirthError for an unknown name, EngineError where the runtime is missing or does not work.
     """
@@ -95,6 +95,10 @@ def get_engine(name: str, caffe: str | None = None) -> Engine:
         from .opencv import OpenCVEngine
 
         return OpenCVEngine()
+    if name == "torch":
+        from .torch import TorchEngine
+
+        return TorchEngine()
     raise RebirthError(f"engine '{name}' is not known; known are {', '.join(known_engines())}")
 
 

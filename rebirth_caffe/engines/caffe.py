@@ -217,4 +217,4 @@ class CaffeEngine:
             "batch": batch,
             "phase": phase,
         }
-        return ChildSession("Caffe", self.python, self.caffe.environment(threads), request)
+        return ChildSession("Caffe", worker_command(self.python), self.caffe.environment(threads), request)

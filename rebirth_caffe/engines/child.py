@@ -44,15 +44,15 @@ class ChildSession:
     """One net open in a child process; see ``engines.Session``."""
 
     def __init__(
-        self, engine: str, python: Path | str, environment: Mapping[str, str], request: dict[str, Any]
+        self, engine: str, command: Sequence[str], environment: Mapping[str, str], request: dict[str, Any]
     ) -> None:
-        """Start the worker and open the net of ``request``. Raises EngineError, the child ended."""
+        """Start the worker, open the net of ``request``. Raises EngineError, the child ended."""
         self._what = f"{request['prototxt']}: {engine}"
         self._ended = ""  # why the child is no more
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the session
         try:
             self._child = subprocess.Popen(
-                worker_command(python),
+                list(command),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
@@ -60,7 +60,7 @@ class ChildSession:
             )
         except OSError as error:
             self._log.close()
-            raise EngineError(f"{python}: cannot be run: {error.strerror}") from None
+            raise EngineError(f"{command[0]}: cannot be run: {error.strerror}") from None
         try:
             self._ask("open", **request)
         except BaseException:

@@ -11,7 +11,7 @@ from ..errors import EngineError
 from ..net import TEST, Net
 from ..shapes import infer
 from . import Session
-from .child import ChildSession, check_files, thread_variables
+from .child import ChildSession, check_files, thread_variables, worker_command
 
 _PACKAGES = [
     f"opencv-{contrib}python{headless}" for contrib in ("", "contrib-") for headless in ("-headless", "")
@@ -71,7 +71,7 @@ class OpenCVEngine:
             "outputs": list(dict.fromkeys(v.name for v in view.outputs if v.name in writers)),
         }
         environment = {**os.environ, **thread_variables(threads)}
-        return ChildSession("OpenCV", sys.executable, environment, request)
+        return ChildSession("OpenCV", worker_command(sys.executable), environment, request)
 
 
 def _version() -> str:
