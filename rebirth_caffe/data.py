@@ -49,6 +49,7 @@ MOST_LABELS = 1_000_000  # a larger label is no class but a mistake
 BATCH_BYTES = 16 << 20  # in one transaction
 CHUNK = 8  # images a thread takes at a time
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
+UNLABELLED = -1  # in place of a label
 
 
 # ------------------------------------------------------------------------------------------------ sources
@@ -56,7 +57,7 @@ IDX_IMAGES, IDX_LABELS = 0x803, 0x801
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled images that have not been read yet."""
+    """Images that have not been read yet, and their labels: all or none of them have one."""
 
     names: Sequence[str]
     labels: Labels
@@ -66,8 +67,9 @@ class Images:
 
 
 def find_images(source: str, root: str | Path | None = None) -> Images:
-    """The images of a folder with one folder per class, of a Caffe list file or of an ``IMAGES,LABELS`` pair
-    of idx files. ``root`` is where a list's paths start (default: the list's folder)."""
+    """The images of a folder with one folder per class (or of a folder of images without labels), of a Caffe
+    list file or of an ``IMAGES,LABELS`` pair of idx files. ``root`` is where a list's paths start (default:
+    the list's folder)."""
     path = Path(source)
     if path.is_dir():
         return from_folders(path)
@@ -80,11 +82,14 @@ def find_images(source: str, root: str | Path | None = None) -> Images:
 
 
 def from_folders(folder: Path) -> Images:
-    """A folder per class; labels count the folders in alphabetical order."""
+    """A folder per class; labels count the folders in alphabetical order. Without folders: no labels."""
     entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     folders = [path for path in entries if path.is_dir()]
+    if not entries:
+        raise RebirthError(f"{folder}: is empty; give a folder with one folder of images per class")
     if not folders:
-        raise RebirthError(f"{folder}: holds no folders; give a folder with one folder of images per class")
+        none = np.full(len(entries), UNLABELLED)
+        return Images([path.name for path in entries], none, lambda i: entries[i].read_bytes(), ())
     paths: list[Path] = []
     labels: list[int] = []
     for label, path in enumerate(folders):
@@ -305,7 +310,7 @@ class Written:
 
     def summary(self) -> str:
         """A line or two for a person."""
-        known = f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}"
+        known = f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}" if self.classes else "no labels"
         lines = [f"{self.path}: {self.count:,} images of {_size(self.shape)}, {known}"]
         if self.skipped:
             first = ", ".join(f"{name} ({why})" for name, why in self.skipped[:3])

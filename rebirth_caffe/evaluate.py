@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cost import cost
-from .data import Lmdb, open_lmdb
+from .data import UNLABELLED, Lmdb, open_lmdb
 from .derive import deploy
 from .engines import Engine
 from .errors import RebirthError
@@ -24,6 +24,7 @@ BATCH = 100
 BATCH_BYTES = 256 << 20  # of all the net's blobs in a batch
 FLT_MIN = float(np.finfo(np.float32).tiny)  # what Caffe's loss takes a smaller probability for
 Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
 
 
 class NotFinite(RebirthError):
@@ -48,18 +49,41 @@ def evaluate_net(
     threads: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     scratch: Path | None = None,
+    labels: Labels | None = None,
 ) -> Accuracy:
     """``evaluate`` for a net with its weights: deploy, or a train_val, of which the deploy net is derived.
 
     ``scratch`` is where the files for the engine are written, and removed again.
     """
+    with _files(net, scratch) as files:
+        return evaluate(*files, database, engine, transform, threads, progress, net.path, labels)
+
+
+def guesses(
+    net: Net,
+    database: Path | str,
+    engine: Engine,
+    transform: Transform | None = None,
+    threads: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    scratch: Path | None = None,
+) -> Labels:
+    """What class a net takes each image for; arguments as of ``evaluate_net``."""
+    with _files(net, scratch) as files:
+        found = _scores(*files, database, engine, transform, threads, progress, net.path)
+        return np.concatenate([scores.argmax(axis=1) for scores, _, _ in found])
+
+
+@contextmanager
+def _files(net: Net, scratch: Path | None) -> Iterator[tuple[Path, Path]]:
+    """The deploy net of ``net`` and its weights, as files for a while."""
     if not any(layer.blobs for layer in net.layers):
         raise RebirthError(f"{net.path}: has no weights; an untrained net has no accuracy")
     with tempfile.TemporaryDirectory(prefix=".test.", dir=scratch) as folder:
         deployed, files = deploy(net), (Path(folder) / "deploy.prototxt", Path(folder) / "net.caffemodel")
         deployed.write(files[0])
         deployed.write_weights(files[1])
-        return evaluate(*files, database, engine, transform, threads, progress, net.path)
+        yield files
 
 
 def evaluate(
@@ -71,18 +95,47 @@ def evaluate(
     threads: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
     name: str = "",
+    labels: Labels | None = None,
 ) -> Accuracy:
     """Run every image of an LMDB through a deploy net; counts and loss as Caffe's own layers have them.
 
-    ``name`` is what messages call the net. Raises RebirthError where net and images do not fit together,
-    NotFinite where the net gives no numbers, EngineError where the engine refuses.
+    ``name`` is what messages call the net; ``labels`` stand for the database's own. Raises RebirthError where
+    net and images do not fit together, NotFinite where the net gives no numbers, EngineError where the engine
+    refuses.
     """
-    transform = transform or Transform()
     name = name or str(prototxt)
-    net = Net.load(prototxt)
-    blob, output, kind = _ends(net, name)
     right1 = right5 = seen = 0
     loss = 0.0
+    for scores, own, kind in _scores(prototxt, weights, database, engine, transform, threads, progress, name):
+        wanted = own if labels is None else labels[seen : seen + len(own)]
+        if not 0 <= wanted.min() <= wanted.max() < scores.shape[1]:
+            wrong = wanted.max() if wanted.min() >= 0 else wanted.min()
+            if wrong == UNLABELLED:
+                raise RebirthError(f"{database}: its images have no labels; give some that have")
+            raise RebirthError(f"{database}: label {wrong}, but {name} knows {scores.shape[1]} classes")
+        rank = _ranks(scores, wanted)
+        right1 += int((rank < 1).sum())
+        right5 += int((rank < 5).sum())
+        loss += _loss(scores, wanted, kind)
+        seen += len(wanted)
+    return Accuracy(right1 / seen, right5 / seen, loss / seen, seen)
+
+
+def _scores(
+    prototxt: Path,
+    weights: Path,
+    database: Path | str,
+    engine: Engine,
+    transform: Transform | None,
+    threads: int,
+    progress: Callable[[int, int], None],
+    name: str,
+) -> Iterator[tuple[Floats, Labels, str]]:
+    """Scores of a batch of images, their labels, and what kind of scores (see ``_ends``)."""
+    transform = transform or Transform()
+    net = Net.load(prototxt)
+    blob, output, kind = _ends(net, name)
+    seen = 0
     with open_lmdb(database) as images:
         total = len(images)
         shape = transform(images[0][0]).shape
@@ -105,27 +158,18 @@ def evaluate(
                 scores = out.reshape(len(out), -1)[: len(labels)]
                 if not np.isfinite(scores).all():
                     raise NotFinite(f"{name}: the net's output is not finite; its weights have diverged")
-                if not 0 <= labels.min() <= labels.max() < scores.shape[1]:
-                    wrong = labels.max() if labels.min() >= 0 else labels.min()
-                    raise RebirthError(
-                        f"{database}: label {wrong}, but {name} knows {scores.shape[1]} classes"
-                    )
-                rank = _ranks(scores, labels)
-                right1 += int((rank < 1).sum())
-                right5 += int((rank < 5).sum())
-                loss += _loss(scores, labels, kind)
+                yield scores, labels, kind
                 seen += len(labels)
                 progress(seen, total)
-    return Accuracy(right1 / seen, right5 / seen, loss / seen, seen)
 
 
-def _ranks(scores: Floats, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+def _ranks(scores: Floats, labels: Labels) -> NDArray[np.int64]:
     """How many classes come before the right one; of equals it is the last, as in Caffe."""
     own = scores[np.arange(len(labels)), labels][:, None]
     return np.asarray((scores >= own).sum(axis=1) - 1)
 
 
-def _loss(scores: Floats, labels: NDArray[np.int64], kind: str) -> float:
+def _loss(scores: Floats, labels: Labels, kind: str) -> float:
     """The sum of SoftmaxWithLoss over scores, or over what are probabilities already."""
     values = scores.astype(np.float64)
     if kind == "scores":
@@ -164,7 +208,7 @@ def _batch(net: Net) -> int:
     return max(1, min(BATCH, BATCH_BYTES // max(1, each)))
 
 
-def batches(images: Lmdb, size: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+def batches(images: Lmdb, size: int) -> Iterator[tuple[NDArray[np.uint8], Labels]]:
     """Images and labels, ``size`` at a time."""
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []

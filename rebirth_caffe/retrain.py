@@ -33,8 +33,9 @@ from typing import Any
 from . import distil, prototxt
 from . import plan as plans
 from .cost import cost
-from .data import lmdb_info
+from .data import UNLABELLED, lmdb_info, open_lmdb
 from .derive import deploy
+from .engines import Engine
 from .engines.training import (
     Diverged,
     Run,
@@ -46,14 +47,14 @@ from .engines.training import (
     snapshot_files,
 )
 from .errors import PlanError, RebirthError
-from .evaluate import Accuracy, NotFinite, evaluate_net
+from .evaluate import Accuracy, Labels, NotFinite, evaluate_net, guesses
 from .journal import Event, Journal, sole_user, sync
 from .merge import Merge
 from .net import TEST, TRAIN, Net
 from .plan import Plan
 from .schema import caffe_pb2
 from .solver import Schedule, data_layer, solver_text, with_rates
-from .stages import Settings
+from .stages import Settings, check_labels
 from .transform import Transform
 
 FINE_TUNE = "fine-tune"  # of the whole net, after the plan's own steps
@@ -166,6 +167,7 @@ class _Run:
     ) -> None:
         self.home, self.options, self.trainer, self.tell = home, options, trainer, tell
         self.lock, self.until = lock, until
+        self.guesses: Labels | None = None
         self.plan = plans.load(home / "plan.yaml")
         self.settings = Settings.read(home)
         self.template = prototxt.read_text(home / "original/solver.prototxt")
@@ -222,6 +224,10 @@ class _Run:
         source = self._tested_on(net).param.data_param.source
         net.image = lmdb_info(source)[1:]
         net = plans.apply(net, self.plan.only(()), self.settings.init, self.settings.seed)
+        self.original = net
+        learned_from = data_layer(net, TRAIN)
+        if learned_from is not None:
+            check_labels(learned_from, self.options.distil)
         self.teacher = distil.Teacher(net) if self.options.distil else None
         done = [e["stage"] for e in self.journal.all("step")]
         steps = [(step.stage, step.iterations) for step in self.steps]
@@ -251,9 +257,13 @@ class _Run:
 
     def _test(self, net: Net, what: str) -> Accuracy:
         """Accuracy of the deploy net of ``net`` on the test data."""
+        return evaluate_net(net, *self._test_on(net, what), labels=self._labels())
+
+    def _test_on(
+        self, net: Net, what: str
+    ) -> tuple[str, Engine, Transform, int, Callable[[int, int], None], Path]:
         layer = self._tested_on(net)
-        return evaluate_net(
-            net,
+        return (
             layer.param.data_param.source,
             self.trainer.engine,
             Transform.of(layer),
@@ -261,6 +271,16 @@ class _Run:
             lambda done, total: self.tell("testing", {"what": what, "done": done, "of": total}),
             self.home / "retrain",
         )
+
+    def _labels(self) -> Labels | None:
+        """Labels for test images that have none: what the original takes them for."""
+        with open_lmdb(self._tested_on(self.original).param.data_param.source) as images:
+            if images[0][1] != UNLABELLED:
+                return None
+        if self.guesses is None:
+            self.tell("note", {"text": "no labels to test with: right is what the original says"})
+            self.guesses = guesses(self.original, *self._test_on(self.original, "the original"))
+        return self.guesses
 
     # ---- one step -----------------------------------------------------------------------------------------
 

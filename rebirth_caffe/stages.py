@@ -109,6 +109,8 @@ def prepare(net: Net, training: Training) -> Net:
             raise RebirthError(f"{net.path}: reads no data; give {flag}")
         with open_lmdb(layer.param.data_param.source) as images:
             info, first = images.info, images[0][0]
+        if phase == TRAIN:
+            check_labels(layer, training.distil)
         transformed = Transform.of(layer)(first).shape
         _same_size(net, transformed, f"{layer.param.data_param.source} ({flag})")
         made.image = made.image or (info.channels, info.height, info.width)
@@ -117,6 +119,19 @@ def prepare(net: Net, training: Training) -> Net:
     except WeightsError as error:
         raise WeightsError(f"{error} Or images of another size: see --crop") from None
     return made
+
+
+def check_labels(layer: Layer, learn: str) -> None:
+    """Raise RebirthError where the labels of a Data layer's images are needed and not there.
+
+    ``learn``: as ``Training.distil``.
+    """
+    from .data import UNLABELLED, open_lmdb
+
+    source = layer.param.data_param.source
+    with open_lmdb(source) as images:
+        if images[0][1] == UNLABELLED and learn != distil.IMAGES:
+            raise RebirthError(f"{source}: its images have no labels; learn with --distil images")
 
 
 def _same_size(net: Net, transformed: tuple[int, ...], database: str) -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from rebirth_caffe import data
 from rebirth_caffe.data import (
+    UNLABELLED,
     Images,
     Pixels,
     Recipe,
@@ -160,10 +161,21 @@ def test_numbered_folders_count_as_text_and_say_so(tmp_path):
     assert "10 before 2" in images.notes[0]
 
 
+def test_a_folder_of_images_without_labels(tmp_path):
+    for name in ("b.png", "a.png", ".hidden"):
+        save(tmp_path / name, pixels(2, 2))
+    images = find_images(str(tmp_path))
+    assert (list(images.names), images.labels.tolist(), images.classes) == (["a.png", "b.png"], [-1, -1], ())
+    written = write_lmdb(tmp_path.with_suffix(".lmdb"), images)
+    assert written.summary().endswith("2 images of 3x2x2, no labels")
+    with open_lmdb(written.path) as found:
+        assert [label for _, label in found] == [UNLABELLED] * 2
+
+
 @pytest.mark.parametrize(
     ("files", "complaint"),
     [
-        (["a.png"], "src: holds no folders"),
+        ([".hidden"], "src: is empty"),
         (["train/cat/a.png", "test/cat/a.png"], "src/test/cat: a folder inside the class folder test"),
         (["cat/a.png", "dog/.hidden"], "src/dog: the class folder is empty"),
         (["cat/a.png", "x.lmdb/data.mdb"], "src/x.lmdb: a database among the class folders"),

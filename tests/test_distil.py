@@ -1,5 +1,6 @@
 """Learning from the original: under real Caffe its half stands still, the reborn half comes closer to it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from rebirth_caffe import caffemodel, distil
 from rebirth_caffe import plan as plans
 from rebirth_caffe.caffemodel import Blob, Record
+from rebirth_caffe.data import UNLABELLED, Images, open_lmdb, write_lmdb
 from rebirth_caffe.distil import Teacher, blobs, side_by_side
 from rebirth_caffe.engines.caffe import CaffeEngine
 from rebirth_caffe.engines.training import CaffeTrainer
@@ -203,7 +205,6 @@ def learn(trained: Path, out: Path, caffe: Any, source: str, **options: Any) -> 
 
 def distance(folder: Path, net: Net, caffe: Any, teacher: Teacher) -> float:
     """Mean squared difference of the scores of ``net`` and its original, over 100 images, in float64."""
-    from rebirth_caffe.data import open_lmdb
     from rebirth_caffe.derive import deploy
 
     scores = []
@@ -314,3 +315,35 @@ def test_caffe_train_takes_it_by_hand(trained, tmp_path, caffe):
     assert done.returncode == 0, done.stderr[-500:]
     assert "teacher/conv1 does not need backward computation" in done.stderr
     assert "Solver type: Adam" in done.stderr or 'type: "Adam"' in done.stderr
+
+
+def test_with_images_alone_the_original_says_what_is_right(trained, tmp_path, caffe):
+    """No label anywhere: accuracy is how often the two agree."""
+    for name, count in (("train", 64), ("test", 50)):
+        with open_lmdb(trained / f"{name}.lmdb") as images:
+            found = [images[i][0][0] for i in range(count)]
+        none = np.full(count, UNLABELLED)
+        unlabelled = Images(list(map(str, range(count))), none, found.__getitem__, ())
+        write_lmdb(tmp_path / f"{name}.lmdb", unlabelled)
+    for name in ("train_val.prototxt", "original.caffemodel"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    with pytest.raises(RebirthError, match="have no labels; learn with --distil images"):
+        tiny.reborn(tmp_path, tmp_path / "home")
+    learn(tmp_path, tmp_path / "home", caffe, "images")
+    found = json.loads((tmp_path / "home/final/accuracy.json").read_text())
+    assert (found["original"]["top1"], found["original"]["images"]) == (1.0, 50)
+    assert 0.2 < found["final"]["top1"] < 1.0
+    (tmp_path / "home/retrain/journal.jsonl").unlink()
+    with pytest.raises(RebirthError, match="have no labels; learn with --distil images"):
+        retrain(tmp_path / "home", Options(iterations=40, segment=20), CaffeTrainer(caffe))
+    done = subprocess.run(
+        [
+            *(sys.executable, tiny.ROOT / "tools/evaluate.py", tmp_path / "home/final/deploy.prototxt"),
+            *(tmp_path / "home/final/weights.caffemodel", "--data", tmp_path / "test.lmdb", "--crop", "24"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/test.lmdb: its images have no labels; give some that have\n"

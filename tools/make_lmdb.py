@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rebirth_caffe import cli
 
 EPILOG = """SRC is a folder with one folder of images per class (labels count them in alphabetical order), a
+folder of images without labels (for retrain.py --distil images), a
 Caffe list file with a line PATH LABEL for each image, or the two files of MNIST: IMAGES,LABELS (idx or .gz).
 OUT is a folder: the database, the names of the classes (labels.txt), what became which record (list.txt) and
 the mean image (mean.binaryproto). The mean values are printed at the end and kept in about.json."""
