@@ -177,7 +177,7 @@ def _exact_merges(
     )
     from .rules.match import Matcher
 
-    rules = [fold_affine.propose, drop_unused.propose]
+    rules = [drop_unused.propose, fold_affine.propose]
     if not is_trainable(net):
         rules += [drop_dropout.propose, drop_unused.propose_dead]
     if taken is not None:

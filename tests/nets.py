@@ -139,7 +139,7 @@ def rebirth(original: Net, init: str = "inherit", seed: int = 0, **options: Any)
 def assert_rest_is_untouched(before: Net, after: Net, plan: Plan) -> None:
     """Layers of no merge are byte for byte the same, their blobs too, unless they read what has vanished."""
     merged = {name for merge in plan.active for name in merge.layers}
-    vanished = {before.layer(n).top[0] for m in plan.active if not m.becomes for n in m.absorbs}
+    vanished = {top for m in plan.active if not m.becomes for n in m.absorbs for top in before.layer(n).top}
     made = {spec.name for merge in plan.active for spec in merge.becomes}
     rest = [x for x in after.layers if x.name not in made]
     for old, new in zip((x for x in before.layers if x.name not in merged), rest, strict=True):

@@ -224,7 +224,11 @@ def test_real_caffe_takes_what_became_of_it(net, options, in_caffe, tmp_path_fac
 @given(net=random_net())
 def test_exact_merges_compute_the_same_in_real_caffe(net, in_caffe, tmp_path_factory):
     net = with_weights(net)
-    reborn = plans.apply(net, plans.propose(net, exact=True).plan)
+    plan = plans.propose(net, exact=True).plan
+    path = tmp_path_factory.getbasetemp() / "exact.yaml"
+    path.write_text(plans.dump(plan))
+    assert plans.load(path) == plan
+    reborn = plans.apply(net, plan)
     pair = [deploy(net), deploy(reborn)] if is_trainable(net) else [net, reborn]
     found = compute(in_caffe, tmp_path_factory.getbasetemp(), pair)
     for value in pair[0].graph.view(1).outputs:

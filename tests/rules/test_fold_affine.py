@@ -123,6 +123,43 @@ def test_resnet_50_keeps_its_function_and_no_batch_norm(in_caffe, tmp_path):
         assert difference(found[0][blob], found[1][blob]) < 1e-5
 
 
+POWER = "power_param { scale: 0.017 shift: -1.5 }"
+IN_FRONT = {
+    "a scaled image": [layer("p", "Power", "data", "p", POWER), conv("c", "p", 6, 3)],
+    "statistics": [norm("n", "data", "n"), scale("s", "n"), conv("c", "n", 6, 3, "stride: 2")],
+    "a bias": [layer("b", "Bias", "data"), conv("c", "b", 6, 3, "bias_term: false")],
+    "groups": [scale("s", "data", "s"), conv("c", "s", 6, 3, "group: 3")],
+    "a factor in front of padding": [
+        scale("s", "data", "s", "scale_param { bias_term: false }"),
+        layer("p", "Power", "s", "p", "power_param { scale: 2 }"),
+        conv("c", "p", 6, 3, "pad: 1"),
+    ],
+    "inner product": [norm("n", "data", "n"), fc("c", "n", 6)],
+    "transposed": [norm("n", "data", "n"), scale("s", "n"), fc("c", "n", 6, "transpose: true")],
+    "on both sides": [scale("s", "data", "s"), conv("c", "s", 6, 3), norm("n", "c"), layer("b", "Bias", "c")],
+}
+
+
+@pytest.mark.parametrize("name", IN_FRONT)
+def test_what_is_in_front_goes_into_the_convolution_behind_it(name, in_caffe, tmp_path):
+    original = with_weights(build(*IN_FRONT[name]))
+    proposal, reborn = rebirth(original, exact=True)
+    (merge,) = merges(proposal).values()
+    assert (merge.id, merge.absorbs) == ("fold:c", tuple(layers(original)[:-2]))
+    assert layers(reborn) == ["c/folded", "r", "fc"]
+    found = compute(in_caffe, tmp_path, [original, reborn])
+    assert difference(found[0]["fc"], found[1]["fc"]) < 1e-5
+
+
+def test_between_two_convolutions_it_goes_into_the_first():
+    body = [conv("a", "data", 4, 3, "pad: 1"), norm("n", "a"), conv("c", "a", 60, 3, "pad: 1")]
+    proposal, _ = rebirth(with_weights(build(*body)), exact=True)
+    assert merges(proposal)["fold:a"].absorbs == ("a", "n")
+    body.insert(1, pool("p", "a", 2, 2))
+    proposal, _ = rebirth(with_weights(build(*body[:2], norm("n", "p"), conv("c", "p", 60, 3))), exact=True)
+    assert merges(proposal)["fold:c"].absorbs == ("n", "c")
+
+
 C = conv("c", "data", 6, 3)
 IN_TEST = "include { phase: TEST }"
 SHARED = 'param { name: "gamma" } scale_param { bias_term: false }'
@@ -204,6 +241,16 @@ REFUSED = {
         [C, norm("n", "c"), conv("c", "data", 6, 3).replace('top: "c"', 'top: "d"')],
         ("c", "n"),
         "2 layers are called 'c'",
+    ),
+    "a shift in front of padding": (
+        [scale("s", "data", "s"), conv("c", "s", 6, 3, "pad: 1")],
+        ("c", "s"),
+        "'c' pads with zeros, which 's' would have shifted",
+    ),
+    "a second reader in front": (
+        [scale("s", "data", "s"), conv("d", "s", 6), conv("c", "s", 6, 3)],
+        ("c", "s"),
+        "blob 's' has a second reader, 'd'",
     ),
     "another axis": (
         [fc("c", "data", 6, "axis: 2"), norm("n", "c")],
