@@ -410,7 +410,7 @@ def _border(graph: Graph, merge: Merge, group: list[Layer]) -> _Border:
 
 def _place(net: Net, group: list[Layer], around: _Border) -> Layer:
     """The first layer of a group by which everything it reads is there: what it becomes takes its place."""
-    order = {layer: i for i, layer in enumerate(net.layers)}
+    order = net.places
     producers = (p for reader, i in around.readers for p in net.graph.producers(reader, i) if p is not None)
     last = max((order[p] for p in producers), default=-1)
     return next(layer for layer in group if order[layer] > last)

@@ -62,15 +62,13 @@ def _dead(graph: Graph) -> set[Layer]:
         and (layer.top or layer.type == "Silence")
         and not any(is_output(graph, layer, i) for i in range(len(layer.top)))
     }
-    while True:
-        alive = {
-            layer
-            for layer in dead
-            if any(r not in dead for i in range(len(layer.top)) for r, _ in graph.readers(layer, i))
-        }
-        if not alive:
-            return dead
-        dead -= alive
+    todo = [layer for layer in graph.net.layers if layer not in dead]
+    while todo:
+        reader = todo.pop()
+        feeding = {p for i in range(len(reader.bottom)) for p in graph.producers(reader, i) if p in dead}
+        dead -= feeding
+        todo += feeding
+    return dead
 
 
 def _groups(graph: Graph, dead: set[Layer]) -> list[list[Layer]]:
