@@ -14,11 +14,14 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rebirth_caffe import cli
+
+if TYPE_CHECKING:
+    from rebirth_caffe.engines.training import Trainer
 
 # What a start is: weights of the reborn layers, and what it learns from then ("": labels alone).
 STARTS = {
@@ -48,6 +51,8 @@ class Job:
 
 
 def parse_args() -> argparse.Namespace:
+    from rebirth_caffe.retrain_command import engine_options
+
     p = cli.Parser(description=__doc__.splitlines()[0])
     p.add_argument("net", metavar="NET", type=Path, help="a folder of prototxts/ with its trained weights")
     p.add_argument("--weights", metavar="W", type=Path, help="these instead of the folder's")
@@ -62,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--seeds", type=_wholes, default=(1, 2, 3), help="default: 1,2,3")
     p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="auto", help="default: auto")
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
-    p.add_argument("--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)")
+    engine_options(p)
     p.add_argument("--work", metavar="DIR", type=Path, default=Path("starts"), help="default: starts/")
     p.add_argument("--out", metavar="JSONL", type=Path, required=True, help="a line for every run")
     return p.parse_args()
@@ -127,8 +132,14 @@ def run(jobs: Iterable[Job], args: argparse.Namespace) -> dict[Job, dict[str, An
 
 def one(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     """Rebirth and retrain; what came of it."""
-    from rebirth_caffe.engines.caffe import find_caffe
-    from rebirth_caffe.engines.training import CaffeTrainer
+    from rebirth_caffe.retrain_command import trainer_for
+
+    with trainer_for(args) as trainer:
+        assert trainer is not None  # these processes are not torchrun's
+        return _one(job, args, trainer)
+
+
+def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
     from rebirth_caffe.rebirth import rebirth
     from rebirth_caffe.retrain import Options, retrain
     from rebirth_caffe.solver import TrainData
@@ -137,7 +148,6 @@ def one(job: Job, args: argparse.Namespace) -> dict[str, Any]:
     init, distil = STARTS[job.start]
     part = "val" if job.held_out else "test"
     home = args.work / f"{job.start}-{job.iterations}-{job.seed}-{job.rate:g}-{part}"
-    trainer = CaffeTrainer(find_caffe(args.caffe))
     if not home.exists():
         solver = home.with_suffix(".solver")
         solver.write_text(f"base_lr: {job.rate:g}\n{ENDS}{SOLVERS[bool(distil)]}", "utf-8")
