@@ -279,7 +279,7 @@ def _caffes(checked: Checked, results: list[Result], engine: Engine, limits: Lim
                 continue
             with reborn:
                 _compare_shapes(checked, before, shapes, reborn.blobs(), which)
-                if which == "exact" and weights is not None:
+                if which == "exact" and _has_all_weights(before):
                     _compare_outputs(checked, before, session, reborn)
 
 
@@ -379,22 +379,30 @@ def _compare_outputs(checked: Checked, net: Net, before: Session, after: Session
 def made_up(net: Net, limit: int) -> Net | None:
     """The net with random weights under which values keep their scale from layer to layer.
 
-    Layers whose weights are not known get none. None where there are none, or more than ``limit`` values.
+    Layers whose weights are not known get none, nor do those that a weights file cannot tell apart. None
+    where there are none at all, or more than ``limit`` values.
     """
     shapes = all_param_shapes(net)
     count = sum(math.prod(shape) for needed in shapes.values() for shape in needed or [])
     if not 0 < count <= limit:
         return None
+    named: dict[str, set[str]] = {"": {"any", "other"}}
+    for layer, needed in shapes.items():
+        named.setdefault(layer.name, set()).add(str(needed))
     shared: dict[str, Array] = {}
     loaded = net.without_weights()
     for layer, (old, needed) in zip(loaded.layers, ((x, shapes.get(x)) for x in net.layers), strict=True):
-        if needed:
+        if needed and len(named[old.name]) == 1:
             arrays = _arrays(old, needed)
             for i, array in enumerate(arrays):
                 if old.spec(i).name:
                     arrays[i] = shared.setdefault(old.spec(i).name, array)
             layer.record = Record(layer.name, layer.type, [Blob(array) for array in arrays])
-    return loaded
+    return loaded if any(layer.blobs for layer in loaded.layers) else None
+
+
+def _has_all_weights(net: Net) -> bool:
+    return all(layer.blobs or not needed for layer, needed in all_param_shapes(net).items())
 
 
 def _arrays(layer: Layer, shapes: Sequence[Shape]) -> list[Array]:

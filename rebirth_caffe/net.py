@@ -539,9 +539,17 @@ class Net:
         return message
 
     def write_weights(self, path: Path) -> None:
-        """Write the weights of every layer, in current storage; unchanged layers keep their bytes."""
+        """Write the weights of every layer, in current storage; unchanged layers keep their bytes.
+
+        A layer that should have weights and has none is left out: Caffe fills what a file does not name, and
+        refuses a file that names it without them.
+        """
+        from .shapes import RULES, WEIGHTS
+
         records: dict[str, tuple[bytes, Record]] = {}
         for layer in self.layers:
+            if layer.record is None and (layer.type in WEIGHTS or layer.type not in RULES):
+                continue
             record = layer.record or Record(layer.name, layer.type, [])
             if layer.name not in records or record.blobs:
                 records[layer.name] = (self.message(layer).SerializePartialToString(), record)

@@ -169,11 +169,14 @@ def test_the_command_knows_a_forks_fields_once_taught(files):
     )
 
 
-def test_layers_without_weights_are_written_with_their_forks_fields(files):
-    """Their part of a caffemodel is made from the prototxt, by the fork's schema."""
+def test_what_is_written_without_the_files_own_bytes_has_its_forks_fields(files):
+    """It is made from the prototxt, by the fork's schema."""
     schema_ = fork.load(files / "fork.proto")
-    net = Net.load(files / "net.prototxt", schema=schema_)
+    net = Net.load(files / "net.prototxt", files / "net.caffemodel", schema=schema_)
+    layer = net.layer("n")
+    layer.record = caffemodel.Record("n", "Norm", layer.blobs)
     net.write_weights(files / "new.caffemodel")
     raw = {record.name: record.raw for record in caffemodel.read(files / "new.caffemodel").records}
     written: Any = schema_.layer.FromString(bytes(raw["n"] or b""))
     assert (written.norm_param.mode, written.norm_param.momentum) == (1, 0.5)
+    assert list(written.blobs[0].data) == [7]

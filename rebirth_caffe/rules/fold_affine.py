@@ -59,7 +59,7 @@ def _in_front(m: Matcher, layer: Layer, found: Findings) -> list[Layer]:
     chain: list[Layer] = []
     at = layer
     while len(at.bottom) == 1:
-        above = m.graph.producers(at)[0]
+        above = next(iter(m.graph.producers(at)), None)  # a layer may be in no state that works
         if above is None or not _looks_affine(above) or above in found.taken:
             break
         reason = _why_not_follow(m, above, at) or _refused(m, above) or _pads(layer, above)
