@@ -60,7 +60,7 @@ $(TOOLS_READY): requirements.txt
 	@$(PIP) --requirement requirements.txt
 	@touch $@
 
-$(DEV_READY): requirements-dev.txt $(TOOLS_READY)
+$(DEV_READY): requirements-dev.txt requirements-torch.txt $(TOOLS_READY)
 	@echo "Adding what the tests need"
 	@$(PIP) --requirement requirements-dev.txt
 	@touch $@

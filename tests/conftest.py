@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -27,6 +28,11 @@ def missing(runtime: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(runtime)
     pytest.skip(runtime)
+
+
+def torch_or_skip() -> Any:
+    """PyTorch, for a whole file of tests. Without it they are skipped, and fail in CI."""
+    return importlib.import_module("torch") if os.environ.get("CI") else pytest.importorskip("torch")
 
 
 class Refused(Exception):

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,9 @@ def test_no_file_names_a_package_registry_or_a_place_of_one_machine():
 
 def test_every_requirement_is_pinned_and_says_why_it_is_there():
     reasons: dict[str, str] = {}
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
+    lines = [(ROOT / f"requirements{what}.txt").read_text().splitlines() for what in ("", "-torch")]
+    for line in chain(*lines):
+        if line and not line.startswith(("#", "-r ")):
             requirement, _, reason = line.partition("#")
             assert re.fullmatch(r"[\w-]+==[\w.]+(; .+)?", requirement.strip()), line
             name = requirement.split("==")[0]
@@ -65,7 +67,7 @@ def test_every_requirement_is_pinned_and_says_why_it_is_there():
     assert reasons
     assert all(reasons.values()), reasons
     for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
-        assert re.match(r"[\w-]+==[\w.]+(\s|$)|-r requirements\.txt$|#|$", line), line
+        assert re.match(r"[\w-]+==[\w.]+(\s|$)|-r requirements-torch\.txt$|#|$", line), line
 
 
 def test_tools_can_be_run_as_they_are():
