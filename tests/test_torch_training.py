@@ -107,7 +107,7 @@ def apart(a: Path, b: Path) -> float:
     one, other = weights(a), weights(b)
     assert one.keys() == other.keys()
     pairs = [(x.ravel(), y.ravel()) for name in one for x, y in zip(one[name], other[name], strict=True)]
-    return max(float(np.linalg.norm(x - y) / max(np.linalg.norm(x), 1e-6)) for x, y in pairs)
+    return max(float(np.linalg.norm(x - y)) / max(float(np.linalg.norm(x)), 1e-6) for x, y in pairs)
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda text: text.split()[1].strip('"'))
@@ -199,8 +199,8 @@ def directory(folder: Path, databases: Path, batch: int, layers: Any = PLAIN) ->
     """A directory in which a small net is trained from its fillers."""
     prepared(folder / "net", databases, SGD, batch, CROPPED, layers)
     (folder / "net/net.prototxt").rename(folder / "net/train_val.prototxt")
-    data = [str(databases / f"{part}.lmdb") for part in ("train", "test")]
-    begin(folder / "net", folder / "home", *data, iterations=9)
+    train_data, test_data = (str(databases / f"{part}.lmdb") for part in ("train", "test"))
+    begin(folder / "net", folder / "home", train_data, test_data, iterations=9)
     return folder / "home"
 
 

@@ -39,22 +39,20 @@ PATIENCE = timedelta(days=1)  # the others wait while the first one tests
 class TorchTrainer:
     """torch on the CPU or GPUs, in float32 or, where it pays, in bfloat16."""
 
-    def __init__(self, device: str = "cpu", amp: bool = False, workers: int = 0) -> None:
+    def __init__(self, device: str = "cpu", amp: bool = False, workers: int = 0, alone: bool = False) -> None:
         """``device``: cpu or cuda; ``amp``: compute in bfloat16 where that will do; ``workers``: processes
         that read data, 0 for none.
+
+        ``alone``: leave torchrun's other processes out.
 
         Raises EngineError where there is no such device.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise EngineError("--device cuda: PyTorch finds no GPU; give --device cpu")
         self.rank, self.size = (
-            int(os.environ.get(name, d)) for name, d in (("RANK", "0"), ("WORLD_SIZE", "1"))
+            (0, 1) if alone else (_from_torchrun("RANK", 0), _from_torchrun("WORLD_SIZE", 1))
         )
-        self.device = (
-            torch.device(device, int(os.environ.get("LOCAL_RANK", "0")))
-            if device == "cuda"
-            else (torch.device(device))
-        )
+        self.device = torch.device(device, _from_torchrun("LOCAL_RANK", 0) if device == "cuda" else None)
         self.amp, self.workers = amp, workers
         self.engine: Engine = TorchEngine(device)
 
@@ -178,6 +176,10 @@ class TorchTrainer:
             dist.all_reduce(mean)
             mean /= self.size
         return float(mean)
+
+
+def _from_torchrun(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
 
 
 def _training_view(net: Net, param: caffe_pb2.SolverParameter) -> View:
