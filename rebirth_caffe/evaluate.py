@@ -139,7 +139,7 @@ def _scores(
     with open_lmdb(database) as images:
         total = len(images)
         shape = transform(images[0][0]).shape
-        batch = min(_batch(net), total)
+        batch = min(batch_size(net), total)
         with engine.open(prototxt, weights, threads=threads, batch=batch) as session:
             wanted = session.blobs()[blob]
             if wanted[1:] != shape:
@@ -199,7 +199,7 @@ def _ends(net: Net, name: str) -> tuple[str, str, str]:
     return inputs[0].name, before.name, "scores"
 
 
-def _batch(net: Net) -> int:
+def batch_size(net: Net) -> int:
     """Images that a net of this size takes at a time."""
     try:
         each = cost(net).activation_bytes

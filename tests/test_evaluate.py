@@ -255,8 +255,8 @@ def test_large_nets_run_in_small_batches():
     zoo = tiny.ROOT / "prototxts"
     small = Net.load(zoo / "fashion_googlenet/deploy.prototxt")
     large = Net.load(zoo / "resnet_50/deploy.prototxt")
-    assert module._batch(small) == module.BATCH
-    assert 1 <= module._batch(large) < 10
+    assert module.batch_size(small) == module.BATCH
+    assert 1 <= module.batch_size(large) < 10
 
 
 class TestTool:

@@ -9,15 +9,16 @@ from ..errors import WeightsError
 from ..merge import Merge
 from ..net import Net
 
-METHODS = ("xavier", "inherit")
+METHODS = ("xavier", "inherit", "lsq")
 
 
 def weights_for(net: Net, merge: Merge, method: str, seed: int) -> dict[str, list[Array]]:
     """Blobs for every reborn layer of ``merge``, by name, from the weights in ``net`` (before the merge).
 
-    ``method`` is ``xavier`` or ``inherit``; exact merges are so whatever the method. A layer made after
-    one that has no weights gets none. Raises WeightsError where an exact merge lacks a blob, and where the
-    weights are those of a training that diverged.
+    ``method`` is ``xavier``, ``inherit``, or ``lsq``, which takes what is inherited for a start (see
+    ``fit``); exact merges are so whatever the method. A layer made after one that has no weights gets none.
+    Raises WeightsError where an exact merge lacks a blob, and where the weights are those of a training that
+    diverged.
     """
     from .exact import exact
     from .reborn import reborn

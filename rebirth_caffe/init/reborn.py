@@ -53,16 +53,15 @@ def reborn(net: Net, merge: Merge, method: str, seed: int) -> dict[str, list[Arr
         if not layer.blobs:
             blobs[spec.top[0]] = _Blob(spec.num_output or 0, known=False)
             continue
-        weight, bias = _own(layer)
+        weight, bias = weight_and_bias(layer)
         chosen = None
         if not spec.kept:
-            if method == "inherit":
+            if method != "xavier":
                 weight, bias, chosen = _inherit(net, merge, spec, source, blobs[IN], seed)
             else:
                 weight, bias = _xavier(layer, spec, source, seed)
-            stored = weight.T if _transposed(layer) else weight
-            out[spec.name] = [np.ascontiguousarray(stored), bias][: len(layer.blobs)]
-        behind = _through(weight, bias, spec.group or _group(layer), source)
+            out[spec.name] = stored(layer, weight, bias)
+        behind = _through(weight, bias, spec.group or group_of(layer), source)
         blobs[spec.top[0]] = replace(behind, chosen=chosen)
     return out
 
@@ -71,10 +70,11 @@ def _input_channels(net: Net, merge: Merge) -> int:
     """Channels of the merge's input: its first convolution reads as many."""
     layers = [layer for layer in map(net.layer, merge.layers) if layer.type == "Convolution"]
     first = min(layers, key=net.places.__getitem__, default=None)
-    return _own(first)[0].shape[1] * _group(first) if first is not None and first.blobs else 0
+    return weight_and_bias(first)[0].shape[1] * group_of(first) if first is not None and first.blobs else 0
 
 
-def _group(layer: Layer) -> int:
+def group_of(layer: Layer) -> int:
+    """Into how many groups a layer's channels fall."""
     return int(layer.param.convolution_param.group) if layer.type == "Convolution" else 1
 
 
@@ -82,7 +82,12 @@ def _transposed(layer: Layer) -> bool:
     return layer.type == "InnerProduct" and layer.param.inner_product_param.transpose
 
 
-def _own(layer: Layer) -> tuple[Array, Array]:
+def stored(layer: Layer, weight: Array, bias: Array) -> list[Array]:
+    """The blobs of a layer like ``layer`` with this weight (outputs first) and bias."""
+    return [np.ascontiguousarray(weight.T if _transposed(layer) else weight), bias][: len(layer.blobs)]
+
+
+def weight_and_bias(layer: Layer) -> tuple[Array, Array]:
     """Weight (outputs first) and bias (zeros where there is none) of a layer."""
     weight = layer.blobs[0].array
     if layer.type == "InnerProduct":
@@ -120,10 +125,10 @@ def _xavier(layer: Layer, spec: Spec, source: _Blob, seed: int) -> tuple[Array, 
 
 def _shape(layer: Layer, spec: Spec, source: _Blob) -> tuple[int, ...]:
     """The shape of the reborn layer's weight."""
-    weight, _ = _own(layer)
+    weight, _ = weight_and_bias(layer)
     n = spec.num_output or len(weight)
     channels = source.channels if layer.type == "Convolution" else 0
-    inputs = (channels or weight.shape[1] * _group(layer)) // (spec.group or _group(layer))
+    inputs = (channels or weight.shape[1] * group_of(layer)) // (spec.group or group_of(layer))
     return n, inputs, *(spec.kernel or weight.shape[2:])
 
 
@@ -144,7 +149,7 @@ def _inherit(
     pieces: list[tuple[slice, Array, Array]] = []
     for rows in spec.rows:
         if rows.layer == spec.like:
-            own, own_bias = _own(layer)
+            own, own_bias = weight_and_bias(layer)
             if source.chosen is not None:
                 own = own[:, source.chosen]
             if len(spec.rows) == 1 and n < len(own):
@@ -193,7 +198,7 @@ def _strongest(net: Net, merge: Merge, spec: Spec, weight: Array, n: int) -> Arr
     """The n output channels with the largest |weights in| x |weights out|, in order."""
     strength = np.linalg.norm(weight.reshape(len(weight), -1), axis=1)
     reader = _reader(net, merge, spec)
-    feeds = _own(reader)[0] if reader is not None and reader.blobs else None
+    feeds = weight_and_bias(reader)[0] if reader is not None and reader.blobs else None
     if feeds is not None and feeds.shape[1] == len(weight):
         strength = strength * np.linalg.norm(feeds.swapaxes(0, 1).reshape(len(weight), -1), axis=1)
     return np.sort(np.argsort(-strength, kind="stable")[:n])
@@ -219,11 +224,11 @@ def _branch(net: Net, merge: Merge, name: str, source: _Blob, start: _Blob) -> t
         bias = np.zeros(len(weight), np.float32)
     else:
         chain = _upwards(net, merge, name)
-        if not all(layer.blobs and _group(layer) == 1 for layer in chain):
+        if not all(layer.blobs and group_of(layer) == 1 for layer in chain):
             return None
-        weight, bias = _own(chain[0])
+        weight, bias = weight_and_bias(chain[0])
         for below in chain[1:]:
-            inner, inner_bias = _own(below)
+            inner, inner_bias = weight_and_bias(below)
             bias = bias + _taps(weight) @ inner_bias
             weight = _over(weight, _taps(inner))
     if source.matrix is not None and source.shift is not None:

@@ -1,0 +1,406 @@
+"""Reborn layers fitted to what the original put out, layer by layer from the bottom up, without labels.
+
+The original and the reborn net see the same calibration images. For every reborn layer, rows of what it reads
+in the reborn net, as fitted so far, stand against what the original gave in its place;
+``init.least_squares`` does the arithmetic. Memory is bounded: rows are drawn evenly from all images.
+
+A layer's place in the original is the blob its merge gives (the channels a Concat leaves to it) or, inside a
+merge, the blob of the layer it is made after. A reducer that lost channels takes those, of the original's
+reducer and of the absorbed branches, that tell best what the layer above needs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import params
+from . import plan as plans
+from .caffemodel import Array, Blob, Record
+from .calibration import Calibration
+from .derive import deploy
+from .engines import Engine, get_engine
+from .errors import EngineError, RebirthError
+from .evaluate import batch_size
+from .init import least_squares
+from .init.fill import generator
+from .init.least_squares import Doubles, Floats, Moments
+from .init.reborn import group_of, stored, weight_and_bias
+from .merge import IN, OUT, TENSOR, Merge, Spec
+from .net import TEST, Layer, Net, Value, View
+from .plan import Plan
+from .rules.match import feeding, plain_relu
+from .shapes import all_param_shapes, infer
+
+ROWS = 1 << 15  # of a layer, about
+BYTES = 1 << 29  # of a layer's rows, at most
+HELD = 5  # every fifth image chooses the ridge
+MOST_INPUTS = 4096  # of a layer: time goes with their cube
+
+Flags = NDArray[np.bool_]
+Places = tuple[NDArray[np.int64], ...]  # image, row, column
+Tell = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a reborn layer: the relative error of its output (``least_squares.error``) on images that
+    were held out, as inherited and as fitted. ``note`` says why it was not, or what is odd."""
+
+    merge: str
+    layer: str
+    before: float | None = None
+    after: float | None = None
+    ridge: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How reborn layers start: ``init`` is xavier, inherit or lsq, which needs the images."""
+
+    init: str = "inherit"
+    seed: int = 0
+    calibration: Calibration | None = None
+
+
+def reborn(
+    net: Net,
+    plan: Plan,
+    start: Start,
+    engine: Engine | None = None,
+    threads: int = 1,
+    tell: Tell = lambda done, total: None,
+) -> tuple[Net, list[Fitted]]:
+    """``plan.apply``, and what came of every layer that was fitted.
+
+    A net without weights has nothing to be fitted to. ``engine`` is by default Caffe, or OpenCV where there
+    is none; ``tell`` hears how many images of how many have been seen. Raises PlanError, RebirthError,
+    EngineError.
+    """
+    after = plans.apply(net, plan, start.init, start.seed)
+    if start.init != "lsq" or not any(layer.blobs for layer in net.layers):
+        return after, []
+    if start.calibration is None:
+        raise RebirthError("--init lsq learns from images; give --calibration")
+    return _Fit(start.calibration, start.seed, engine or any_engine(), threads, tell).all(net, after, plan)
+
+
+def any_engine() -> Engine:
+    """Caffe, or OpenCV where there is none. Raises EngineError where there is neither."""
+    try:
+        return get_engine("caffe")
+    except EngineError as error:
+        try:
+            return get_engine("opencv")
+        except EngineError:
+            raise error from None
+
+
+class _Side:
+    """One of the two nets, as the engine runs it."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.view: View = net.graph.view(TEST)
+        self.names = {layer.name for layer in net.layers}
+        # Of a blob that is written in place the last value.
+        self.values = {value.name: value for value in self.view.values}
+        self.shapes = {value.name: shape for value, shape in infer(self.view, 1).items() if shape is not None}
+        inputs = [
+            *self.view.inputs,
+            *(v for x in self.view.layers if x.type == "Input" for v in self.view.tops[x]),
+        ]
+        if len(inputs) != 1:
+            raise RebirthError(
+                f"{net.path}: has {len(inputs)} inputs; calibration images go into exactly one"
+            )
+        self.input = inputs[0].name
+
+    def part(self, blobs: Sequence[str]) -> Net:
+        """The layers that make these blobs."""
+        needed = feeding(self.view, [self.values[name] for name in blobs])
+        return self.net.replace(lambda layer: [layer] if layer in needed or layer.type == "Input" else [])
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a reborn layer should put out: channels of blobs of the original.
+
+    Of a reducer that lost channels, ``need`` weighs the candidates (``least_squares.best_channels``) and
+    ``kernels`` are theirs in the original.
+    """
+
+    channels: tuple[tuple[str, slice], ...]
+    relu: bool
+    need: Doubles | None = None
+    kernels: Doubles | None = None
+
+
+class _Fit:
+    """The fit of one net."""
+
+    def __init__(self, calibration: Calibration, seed: int, engine: Engine, threads: int, tell: Tell) -> None:
+        self.calibration, self.seed = calibration, seed
+        self.engine, self.threads, self.tell = engine, threads, tell
+
+    def all(self, before: Net, after: Net, plan: Plan) -> tuple[Net, list[Fitted]]:
+        """``after`` with fitted layers."""
+        old, student = _Side(deploy(before)), deploy(after)
+        bare = next((x for x, s in all_param_shapes(old.net).items() if s and not x.blobs), None)
+        if bare is not None:
+            raise RebirthError(
+                f"{bare.where}: has no weights to learn from; give complete weights or --init inherit"
+            )
+        names = {layer.name for layer in student.layers}
+        merges = [merge for merge in plan.active if not merge.exact]
+        levels = [(merge, specs) for merge in merges for specs in _levels(merge, names)]
+        made: dict[str, list[Array]] = {}
+        found: list[Fitted] = []
+        for number, (merge, specs) in enumerate(levels):
+            level = _Level(old, _Side(_with(student, made)), merge)
+            targets = {spec.name: level.target(spec) for spec in specs}
+            wanted = {name: target for name, target in targets.items() if isinstance(target, _Target)}
+            rows = self._rows(level, wanted, number, len(levels)) if wanted else {}
+            for name, target in targets.items():
+                if isinstance(target, _Target):
+                    fitted, made[name] = _fitted(merge, level.new.net.layer(name), target, *rows[name])
+                else:
+                    fitted = Fitted(merge.id, name, note=target)
+                found.append(fitted)
+        return _with(after, made), found
+
+    def _rows(
+        self, level: _Level, targets: Mapping[str, _Target], number: int, of: int
+    ) -> dict[str, tuple[Floats, Floats, Flags]]:
+        """For each layer rows of what it reads and of what it should give, and which of them are held out."""
+        layers = {name: level.new.net.layer(name) for name in targets}
+        reads = list(dict.fromkeys(layer.bottom[0] for layer in layers.values()))
+        gives = list(dict.fromkeys(blob for target in targets.values() for blob, _ in target.channels))
+        randoms = {name: generator(self.seed, name) for name in targets}
+        rows: dict[str, list[tuple[Floats, Floats, Flags]]] = {name: [] for name in targets}
+        with ExitStack() as stack:
+            size = min(batch_size(level.old.net), self.calibration.images)
+            old, new = (
+                stack.enter_context(self._running(side, blobs, size))
+                for side, blobs in ((level.old, gives), (level.new, reads))
+            )
+            shape = level.old.shapes[level.old.input][1:]
+            seen = 0
+            for images, total in self.calibration.batches((shape[0], shape[1], shape[2]), size):
+                given, wanted = new(images), old(images)
+                held = np.arange(seen, seen + len(images)) % HELD == HELD - 1
+                for name, target in targets.items():
+                    y = np.concatenate(
+                        [wanted[blob][:, channels] for blob, channels in target.channels], axis=1
+                    )
+                    x = given[layers[name].bottom[0]]
+                    rows[name].append(_some(layers[name], x, y, held, total, randoms[name]))
+                seen += len(images)
+                self.tell(number * total + seen, of * total)
+        return {name: tuple(map(np.concatenate, zip(*some, strict=True))) for name, some in rows.items()}  # type: ignore[misc]
+
+    @contextmanager
+    def _running(
+        self, side: _Side, blobs: Sequence[str], size: int
+    ) -> Iterator[Callable[[Floats], Mapping[str, Floats]]]:
+        """A function from images, at most ``size``, to blobs."""
+        made = [name for name in blobs if name != side.input]
+        if not made:
+            yield lambda images: {side.input: images}
+            return
+        with tempfile.TemporaryDirectory(prefix="rebirth-") as folder:
+            part, files = side.part(made), (Path(folder, "part.prototxt"), Path(folder, "part.caffemodel"))
+            part.write(files[0])
+            part.write_weights(files[1])
+            with self.engine.open(*files, threads=self.threads, batch=size) as session:
+                takes = session.blobs()[side.input]  # an engine may not follow the batch
+
+                def forward(images: Floats) -> dict[str, Floats]:
+                    full = np.zeros(takes, np.float32)
+                    full[: len(images)] = images
+                    found = session.forward({side.input: full}, made)
+                    return {side.input: images, **{name: blob[: len(images)] for name, blob in found.items()}}
+
+                yield forward
+
+
+def _levels(merge: Merge, names: set[str]) -> list[list[Spec]]:
+    """The reborn layers of a merge from the bottom up; those of a level do not read each other."""
+    depth: dict[str, int] = {IN: 0}
+    levels: dict[int, list[Spec]] = {}
+    for spec in merge.becomes:
+        at = max(depth.get(name, 0) for name in spec.bottom)
+        if not spec.kept and spec.name in names:
+            levels.setdefault(at, []).append(spec)
+            at += 1
+        depth.update(dict.fromkeys(spec.top, at))
+    return [levels[at] for at in sorted(levels)]
+
+
+@dataclass
+class _Level:
+    """Where to find, in both nets, what a merge's layers read and should give."""
+
+    old: _Side
+    new: _Side
+    merge: Merge
+
+    def target(self, spec: Spec) -> _Target | str:
+        """What a reborn layer should put out; a reason where the original does not show it."""
+        layer = self.new.net.layer(spec.name)
+        weight, _ = weight_and_bias(layer)
+        if weight[0].size > MOST_INPUTS:
+            return f"reads {weight[0].size:,} values, too many to fit: as inherited"
+        out = self._out()
+        value, relu, first = self.new.view.tops[layer][0], False, 0
+        while True:
+            readers = value.readers
+            if value.name == out and value is self.new.values[out] and self._same_size(out, value):
+                return _Target(((out, slice(first, first + len(weight))),), relu)
+            if len(readers) != 1:
+                break
+            reader, index = readers[0]
+            if plain_relu(reader):
+                relu = True
+            elif reader.type == "Concat" and reader.param.concat_param.axis == 1:
+                first += sum(self.new.shapes[v.name][1] for v in self.new.view.bottoms[reader][:index])
+            elif reader.type in TENSOR:
+                return self._inside(spec, value, relu)
+            elif reader.type != "Dropout":
+                return f"what it should put out is hidden behind '{reader.name}': as inherited"
+            value = self.new.view.tops[reader][0]
+        return "what it should put out is not in the original: as inherited"
+
+    def _out(self) -> str:
+        """The blob the merge gives; "" where another merge has changed it."""
+        last = next((spec for spec in reversed(self.merge.becomes) if OUT in spec.top), None)
+        if last is None or last.name not in self.new.names:
+            return ""
+        return self.new.net.layer(last.name).top[last.top.index(OUT)]
+
+    def _same_size(self, name: str, value: Value) -> bool:
+        return self.old.shapes.get(name) == self.new.shapes[value.name]
+
+    def _inside(self, spec: Spec, value: Value, relu: bool) -> _Target | str:
+        """The target of a layer that another reborn layer reads."""
+        if spec.like not in self.old.names:
+            return "the layer it is made after is not in the original: as inherited"
+        like = self.old.net.layer(spec.like)
+        top, shape = like.top[0], self.new.shapes[value.name]
+        theirs = self.old.shapes[top]
+        if theirs == shape:
+            return _Target(((top, slice(None)),), relu)
+        above = next((s for s in self.merge.becomes if s.bottom == spec.top and s.like != s.name), None)
+        if above is None or theirs[2:] != shape[2:] or above.like not in self.old.names:
+            return "no blob of the original is like what it puts out: as inherited"
+        return self._reduced(like, self.old.net.layer(above.like), above, relu)
+
+    def _reduced(self, like: Layer, reader: Layer, above: Spec, relu: bool) -> _Target:
+        """The target of a reducer: its own channels, as much as their reader weighs them, and those of every
+        absorbed branch that gives what the reader is to give, pixel by pixel."""
+        weight, _ = weight_and_bias(reader)
+        taps = np.moveaxis(weight, 1, -1).reshape(-1, weight.shape[1]).astype(np.float64)
+        own, _ = weight_and_bias(like)
+        branches = [
+            branch
+            for rows in above.rows
+            if rows.layer in self.old.names and rows.layer != reader.name
+            for branch in [self.old.net.layer(rows.layer)]
+            if self.old.shapes[branch.top[0]][2:] == self.old.shapes[like.top[0]][2:]
+        ]
+        size = len(own) + sum(len(weight_and_bias(branch)[0]) for branch in branches)
+        need, kernels = np.eye(size), np.zeros((size, own[0].size))
+        need[: len(own), : len(own)] = taps.T @ taps
+        at = 0
+        for layer in (like, *branches):
+            kernel, _ = weight_and_bias(layer)
+            if layer.bottom == like.bottom and kernel.shape[1:] == own.shape[1:]:
+                kernels[at : at + len(kernel)] = kernel.reshape(len(kernel), -1)
+            at += len(kernel)
+        channels = tuple((layer.top[0], slice(None)) for layer in (like, *branches))
+        return _Target(channels, relu, need, kernels)
+
+
+def _fitted(
+    merge: Merge, layer: Layer, target: _Target, x: Floats, y: Floats, held: Flags
+) -> tuple[Fitted, list[Array]]:
+    """What came of a layer, and its blobs."""
+    weight, bias = weight_and_bias(layer)
+    start: Doubles = weight.reshape(len(weight), -1).astype(np.float64)
+    if target.need is not None and target.kernels is not None:
+        covariance = Moments(y.shape[1]).add(y).covariance
+        mix = least_squares.directions(covariance, target.need, len(weight), target.relu)
+        y, start = y @ mix.astype(np.float32), mix.T @ target.kernels
+    pieces: list[least_squares.Solution] = []
+    before: list[float] = []
+    groups = group_of(layer)
+    for mine, wanted, own, shift in zip(
+        *(np.split(array, groups, axis) for array, axis in ((x, 1), (y, 1), (start, 0), (bias, 0))),
+        strict=True,
+    ):
+        before.append(
+            least_squares.error(mine[held], wanted[held], (own, shift.astype(np.float64)), target.relu)
+        )
+        pieces.append(least_squares.fit(mine, wanted, held, target.relu, own))
+    made = np.concatenate([piece.weight for piece in pieces]).reshape(weight.shape).astype(np.float32)
+    moved = np.concatenate([piece.bias for piece in pieces]).astype(np.float32)
+    notes = []
+    dead = int((y.max(axis=0) <= 0).sum()) if target.relu else 0
+    if dead:
+        notes.append(f"{dead} of {len(made)} channels never active in the original")
+    if len(x) < 2 * start.shape[1]:
+        notes.append(f"{len(x):,} rows for {start.shape[1]:,} inputs: more images would do it good")
+    fitted = Fitted(
+        merge.id,
+        layer.name,
+        before=float(np.mean(before)) if target.need is None else None,
+        after=float(np.mean([piece.error for piece in pieces])),
+        ridge=max(piece.ridge for piece in pieces),
+        note="; ".join(notes),
+    )
+    return fitted, stored(layer, made, moved)
+
+
+def _some(
+    layer: Layer, x: Floats, y: Floats, held: Flags, images: int, random: np.random.Generator
+) -> tuple[Floats, Floats, Flags]:
+    """Rows of one batch: what the layer reads, what it should give, which are held out."""
+    if layer.type == "InnerProduct":
+        return x.reshape(len(x), -1), y.reshape(len(y), -1), held
+    conv = params.conv(layer.param)
+    inputs = x.shape[1] * int(np.prod(conv.kernel))
+    (n, outputs), pixels = y.shape[:2], int(np.prod(y.shape[2:]))
+    each = min(ROWS, BYTES // (4 * (inputs + outputs))) // images
+    each = min(max(each, 1), pixels)
+    drawn = np.concatenate([random.permutation(pixels)[:each] for _ in range(n)])
+    image, (row, column) = np.repeat(np.arange(n), each), np.divmod(drawn, y.shape[3])
+    return patches(x, conv, (image, row, column)), y[image, :, row, column], held[image]
+
+
+def patches(x: Floats, conv: params.Conv, places: Places) -> Floats:
+    """What a (2-D) convolution reads for these of its outputs: channels x kernel, as in its weight."""
+    (image, row, column), (height, width) = places, conv.pad
+    padded = np.pad(x, ((0, 0), (0, 0), (height, height), (width, width)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, conv.extent, axis=(2, 3))
+    found = windows[image, :, row * conv.stride[0], column * conv.stride[1]]
+    return found[..., :: conv.dilation[0], :: conv.dilation[1]].reshape(len(image), -1)
+
+
+def _with(net: Net, weights: Mapping[str, list[Array]]) -> Net:
+    """The net with other blobs in these layers."""
+
+    def swap(layer: Layer) -> list[Layer]:
+        if layer.name not in weights:
+            return [layer]
+        changed = layer.again(layer.tree)
+        changed.record = Record(layer.name, layer.type, [Blob(array) for array in weights[layer.name]])
+        return [changed]
+
+    return net.replace(swap)
