@@ -1,4 +1,4 @@
-"""Images to calibrate on: no labels are needed, any few hundred of the kind the net will see."""
+"""Images to calibrate on: any few hundred of the kind the net will see, no labels are needed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .data import Recipe, open_lmdb
 from .errors import RebirthError
-from .evaluate import Transform
+from .net import Net
+from .solver import data_layer
+from .transform import Transform
 
 Floats = NDArray[np.float32]
+Tell = Callable[[int, int], None]  # how many are done, of how many
 IMAGES = 1024
 LEAST = 10
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -50,15 +52,16 @@ class Calibration:
 
     def _open(self, shape: tuple[int, int, int]) -> tuple[int, Callable[[int], Floats]]:
         """How many images there are, and how to get one."""
+        from .data import Recipe, open_lmdb  # takes time to import
+
+        transform = self.transform
         path = Path(self.source)
         if (path / "data.mdb").is_file():
             database = open_lmdb(path)
-            return len(database), lambda i: self.transform(database[i][0])
+            return len(database), lambda i: transform(database[i][0])
         files = _files(path)
-        size, transform = shape[1:], replace(self.transform, crop=0)
-        if self.transform.mean_file is not None:
-            size, transform = size, self.transform
-        recipe = Recipe(resize=size, gray=shape[0] == 1)
+        recipe = Recipe(resize=shape[1:], gray=shape[0] == 1)
+        transform = replace(transform, crop=0)  # files are made the size the net takes
 
         def load(i: int) -> Floats:
             try:
@@ -68,6 +71,38 @@ class Calibration:
             return transform(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
         return len(files), load
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a reborn layer: the relative error of its output (``init.least_squares.error``) on images
+    that were held out, as inherited and as fitted. ``note`` says why it was not, or what is odd."""
+
+    merge: str
+    layer: str
+    before: float | None = None
+    after: float | None = None
+    ridge: float | None = None
+    note: str = ""
+
+    def __str__(self) -> str:
+        said = [] if self.after is None else [f"relative error {self.after:.2f}"]
+        return f"{self.layer}: {'; '.join([*said, *[self.note] * bool(self.note)])}"
+
+
+@dataclass(frozen=True)
+class Start:
+    """How reborn layers start: ``init`` is xavier, inherit or lsq, which needs the images."""
+
+    init: str = "inherit"
+    seed: int = 0
+    calibration: Calibration | None = None
+
+
+def transform_of(net: Net) -> Transform:
+    """What the Data layer of a train_val does to an image; nothing in a net without one."""
+    layer = data_layer(net)
+    return Transform() if layer is None else Transform.of(layer)
 
 
 def _files(path: Path) -> list[Path]:

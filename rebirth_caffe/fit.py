@@ -21,12 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import params
-from . import plan as plans
 from .caffemodel import Array, Blob, Record
-from .calibration import Calibration
+from .calibration import Calibration, Fitted, Start, Tell
 from .derive import deploy
-from .engines import Engine, get_engine
-from .errors import EngineError, RebirthError
+from .engines import Engine, any_engine
+from .errors import RebirthError
 from .evaluate import batch_size
 from .init import least_squares
 from .init.fill import generator
@@ -39,68 +38,32 @@ from .rules.match import feeding, plain_relu
 from .shapes import all_param_shapes, infer
 
 ROWS = 1 << 15  # of a layer, about
-BYTES = 1 << 29  # of a layer's rows, at most
+BYTES = 1 << 28  # of a layer's rows, at most
 HELD = 5  # every fifth image chooses the ridge
 MOST_INPUTS = 4096  # of a layer: time goes with their cube
 
 Flags = NDArray[np.bool_]
 Places = tuple[NDArray[np.int64], ...]  # image, row, column
-Tell = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What came of a reborn layer: the relative error of its output (``least_squares.error``) on images that
-    were held out, as inherited and as fitted. ``note`` says why it was not, or what is odd."""
-
-    merge: str
-    layer: str
-    before: float | None = None
-    after: float | None = None
-    ridge: float | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Start:
-    """How reborn layers start: ``init`` is xavier, inherit or lsq, which needs the images."""
-
-    init: str = "inherit"
-    seed: int = 0
-    calibration: Calibration | None = None
-
-
-def reborn(
+def fit(
     net: Net,
+    reborn: Net,
     plan: Plan,
     start: Start,
     engine: Engine | None = None,
     threads: int = 1,
     tell: Tell = lambda done, total: None,
 ) -> tuple[Net, list[Fitted]]:
-    """``plan.apply``, and what came of every layer that was fitted.
+    """``reborn``, which ``plan`` made of ``net``, with its reborn layers fitted, and what came of each.
 
-    A net without weights has nothing to be fitted to. ``engine`` is by default Caffe, or OpenCV where there
-    is none; ``tell`` hears how many images of how many have been seen. Raises PlanError, RebirthError,
-    EngineError.
+    A net without weights has nothing to be fitted to. ``engine`` is by default Caffe, or what there is;
+    ``tell`` hears how many images of how many have been seen. Raises RebirthError, EngineError.
     """
-    after = plans.apply(net, plan, start.init, start.seed)
-    if start.init != "lsq" or not any(layer.blobs for layer in net.layers):
-        return after, []
-    if start.calibration is None:
-        raise RebirthError("--init lsq learns from images; give --calibration")
-    return _Fit(start.calibration, start.seed, engine or any_engine(), threads, tell).all(net, after, plan)
-
-
-def any_engine() -> Engine:
-    """Caffe, or OpenCV where there is none. Raises EngineError where there is neither."""
-    try:
-        return get_engine("caffe")
-    except EngineError as error:
-        try:
-            return get_engine("opencv")
-        except EngineError:
-            raise error from None
+    if start.calibration is None or not any(layer.blobs for layer in net.layers):
+        return reborn, []
+    work = _Fit(start.calibration, start.seed, engine or any_engine(), threads, tell)
+    return work.all(net, reborn, plan)
 
 
 class _Side:
@@ -399,7 +362,7 @@ def _with(net: Net, weights: Mapping[str, list[Array]]) -> Net:
     def swap(layer: Layer) -> list[Layer]:
         if layer.name not in weights:
             return [layer]
-        changed = layer.again(layer.tree)
+        changed = Layer(layer.text, layer.tree, path=layer.path, line=layer.line, offset=layer.offset)
         changed.record = Record(layer.name, layer.type, [Blob(array) for array in weights[layer.name]])
         return [changed]
 

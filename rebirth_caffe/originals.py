@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import plan as plans
 from . import prototxt, stages
+from .calibration import Start
 from .errors import RebirthError
 from .init.fill import fill_missing
 from .net import TEST, TRAIN, Net
@@ -48,7 +49,7 @@ def begin(
     plan = Plan(net.name, ())
     work = Path(tempfile.mkdtemp(prefix=".original.", dir=out.resolve().parent))
     try:
-        stages.write(work, net, plan, training, "xavier", seed)
+        stages.write(work, net, plan, training, Start("xavier", seed))
         (work / "plan.yaml").write_text(plans.dump(plan), "utf-8")
         work.chmod(0o755)
         work.rename(out)

@@ -13,19 +13,21 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import plan as plans
+from .calibration import Calibration, Fitted, Start, Tell, transform_of
 from .cost import Cost, cost
 from .derive import deploy, is_trainable
 from .errors import NetError, RebirthError
 from .init import METHODS
 from .merge import Merge, Refusal
-from .net import Net
+from .net import TRAIN, Net
 from .plan import Plan, Proposal
+from .solver import data_layer
 from .stages import FOLDERS, Training, prepare
 from .stages import write as write_stages
 
@@ -50,11 +52,11 @@ class Result:
     no_deploy: str = ""
     sources: tuple[Path, ...] = ()  # the files it was read from
     training: Training | None = None
-    init: str = "inherit"
-    seed: int = 0
+    start: Start = field(default_factory=Start)
     exact: bool = False  # nothing but exact merges was asked for: to be verified before it is written
     caffe: str | None = None  # where the Caffe to verify it in is
     verified: Verified | None = None
+    fitted: list[Fitted] = field(default_factory=list)  # where the layers started from images
 
     @property
     def deploy(self) -> Net:
@@ -85,6 +87,7 @@ class Result:
                 for m in self.merges
             ],
             "refused": [{"layers": list(r.layers), "reason": r.reason} for r in self.refused],
+            "fitted": [asdict(fitted) for fitted in self.fitted],
             **({} if self.verified is None else {"verified": asdict(self.verified)}),
         }
 
@@ -127,7 +130,7 @@ class Result:
         if self.exact:
             from .verify import verify
 
-            self.verified = verify(self.original, self.plan, self.caffe, self.seed)
+            self.verified = verify(self.original, self.plan, self.caffe, self.start.seed)
         try:
             with ExitStack() as cleanup:
                 # The clean-up is there before what it cleans: an interrupt may come between any two lines.
@@ -190,7 +193,7 @@ class Result:
         (folder / "plan.yaml").write_text(plans.dump(self.plan), "utf-8")
         (folder / "report.json").write_text(json.dumps(self.report(), indent=2) + "\n", "utf-8")
         if self.training is not None:
-            write_stages(folder, self.original, self.plan, self.training, self.init, self.seed)
+            write_stages(folder, self.original, self.plan, self.training, self.start)
         return [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
 
 
@@ -268,6 +271,8 @@ def rebirth(
     proto: Path | str | None = None,
     training: Training | None = None,
     caffe: str | None = None,
+    calibration: Calibration | None = None,
+    tell: Tell = lambda done, total: None,
 ) -> Result:
     """Read a net, merge what can be merged, and return the reborn one; nothing is written.
 
@@ -279,13 +284,16 @@ def rebirth(
         exact: only merges that change nothing the net computes, all of them; verified when written.
         reduce: what is left of the reducers that feed an absorbing branch, 0 < reduce <= 1.
         kernel: keep, cover or auto (see ``rules.geometry.choose``).
-        init: weights of reborn layers, xavier or inherit.
+        init: weights of reborn layers, xavier, inherit or lsq.
         seed: of everything random.
         image: channels, height and width of the images a Data layer reads, where its prototxt does not say
             (a crop_size gives the size, mean values the channels).
         proto: the caffe.proto of the fork the net is for.
         training: databases (and a solver template) to write the files of training for.
         caffe: where the Caffe is in which ``exact`` is verified, as in ``engines.caffe.find_caffe``.
+        calibration: the images of ``lsq``; by default those to train on. What is done to each is as in the
+            net's Data layer, where it has one.
+        tell: hears how many images of how many have been seen.
 
     Raises RebirthError with the place, what is wrong and what to do.
     """
@@ -309,7 +317,13 @@ def rebirth(
     else:
         given = plan if isinstance(plan, Plan) else plans.load(Path(plan))
         proposal = Proposal(plans.select(net, given, only, skip, exact))
+    start = Start(init, seed, _images(net, training, calibration) if init == "lsq" else None)
     reborn = plans.apply(net, proposal.plan, init, seed)
+    fitted: list[Fitted] = []
+    if start.calibration is not None:
+        from .fit import fit
+
+        reborn, fitted = fit(net, reborn, proposal.plan, start, tell=tell)
     shipped, deployed, why = net, None, ""
     try:
         shipped = deploy(net)
@@ -330,11 +344,22 @@ def rebirth(
         no_deploy=why,
         sources=tuple(Path(path) for path in (prototxt, weights) if path is not None),
         training=training,
-        init=init,
-        seed=seed,
         exact=exact,
         caffe=caffe,
+        start=start,
+        fitted=fitted,
     )
+
+
+def _images(net: Net, training: Training | None, given: Calibration | None) -> Calibration | None:
+    """The images to calibrate on."""
+    if given is None and training is not None:
+        layer = data_layer(net, TRAIN)
+        assert layer is not None
+        given = Calibration(layer.param.data_param.source)
+    if given is None or data_layer(net) is None:
+        return given
+    return replace(given, transform=transform_of(net))
 
 
 def _cost(c: Cost) -> dict[str, int]:

@@ -48,6 +48,7 @@ def show(result: Result, console: Console | None = None) -> None:
         section(*_merged(result))
         section(*_exact(result.merges), *_left_out(result))
         section(*_refused(result))
+        section(*_fitted(result))
         section(_costs(result))
         section(*_notes(result))
     console.file.write(captured.get())
@@ -192,6 +193,17 @@ def _refused(result: Result) -> list[Table]:
         reasons.setdefault(refusal.reason, []).append(" + ".join(refusal.layers))
     rows = [[_some(layers), reason] for reason, layers in reasons.items()]
     return [_table(["not merged", "why"], rows)] if rows else []
+
+
+def _fitted(result: Result) -> list[Table]:
+    """How well the layers that were fitted do what the original did."""
+    rows = []
+    for one in result.fitted:
+        numbers = ["" if error is None else f"{error:.2f}" for error in (one.before, one.after)]
+        ridge = "" if one.ridge is None else f"{one.ridge:g}"
+        rows.append([one.merge, one.layer, *numbers, ridge, one.note])
+    columns = ["merge", "fitted", "error as inherited", "error now", "ridge", ""]
+    return [_table(columns, rows)] if rows else []
 
 
 def _costs(result: Result) -> Table:

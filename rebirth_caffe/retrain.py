@@ -48,6 +48,7 @@ from .engines.training import (
 )
 from .errors import PlanError, RebirthError
 from .evaluate import Accuracy, Labels, NotFinite, evaluate_net, guesses
+from .fit import fit
 from .journal import Event, Journal, sole_user, sync
 from .merge import Merge
 from .net import TEST, TRAIN, Net
@@ -325,7 +326,19 @@ class _Run:
 
     def _reborn(self, step: Step, net: Net) -> Net:
         """A net in which a step's merges are made."""
-        return plans.apply(net, Plan(self.plan.net, step.merges), self.settings.init, self.settings.seed)
+        plan, start = Plan(self.plan.net, step.merges), self.settings.start(net)
+        reborn, fitted = fit(
+            net,
+            plans.apply(net, plan, start.init, start.seed),
+            plan,
+            start,
+            self.trainer.engine,
+            self.options.threads,
+            lambda n, of: self.tell("testing", {"what": "the original", "done": n, "of": of}),
+        )
+        for one in fitted:
+            self.tell("note", {"text": f"{step.stage}: {one}"})
+        return reborn
 
     def _learner(self, step: Step, reborn: Net, done: float = 0.0) -> Net:
         """What Caffe trains in a step of which a part ``done`` (0..1) is behind."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from . import distil
 from . import plan as plans
+from .calibration import Calibration, Start, transform_of
 from .derive import is_trainable
 from .engines import Engine
 from .errors import RebirthError, WeightsError
@@ -65,6 +66,15 @@ class Settings:
     iterations: int
     schedule: str = "steps"
     distil: str = ""
+    calibration: str = ""  # the images of ``init`` lsq, and how many of them
+    images: int = 0
+
+    def start(self, net: Net) -> Start:
+        """How the reborn layers of ``net``, which tells what is done to an image, begin."""
+        calibration = None
+        if self.calibration:
+            calibration = Calibration(self.calibration, self.images, transform_of(net))
+        return Start(self.init, self.seed, calibration)
 
     def write(self, home: Path) -> None:
         """Write ``original/settings.json``."""
@@ -83,6 +93,8 @@ class Settings:
                 int(found["iterations"]),
                 str(found["schedule"]),
                 str(found["distil"]),
+                str(found["calibration"]),
+                int(found["images"]),
             )
         except FileNotFoundError:
             raise RebirthError(
@@ -168,7 +180,7 @@ def _absolute(layer: Layer) -> Layer:
     return layer.again(tree)
 
 
-def write(folder: Path, original: Net, plan: Plan, training: Training, init: str, seed: int) -> None:
+def write(folder: Path, original: Net, plan: Plan, training: Training, start: Start) -> None:
     """Write ``original/`` and ``stages/`` into ``folder``. ``original`` is what ``prepare`` made."""
     first = folder / "original"
     first.mkdir()
@@ -178,7 +190,16 @@ def write(folder: Path, original: Net, plan: Plan, training: Training, init: str
     template = read_template(training.solver)
     (first / "solver.prototxt").write_text(template, "utf-8", "surrogateescape")
     schedule = schedule_for(training.schedule, training.distil)
-    Settings(init, seed, training.iterations, schedule, training.distil).write(folder)
+    images = start.calibration
+    Settings(
+        init=start.init,
+        seed=start.seed,
+        iterations=training.iterations,
+        schedule=schedule,
+        distil=training.distil,
+        calibration=str(Path(images.source).resolve()) if images else "",
+        images=images.images if images else 0,
+    ).write(folder)
     if training.distil:
         template = distil.template(template)
     test_iter = _test_iterations(original)
@@ -202,7 +223,7 @@ def write(folder: Path, original: Net, plan: Plan, training: Training, init: str
         learner.write(folder / place / "train_val.prototxt")
         solved = Schedule(
             training.iterations,
-            seed,
+            start.seed,
             f"{place}/train_val.prototxt",
             f"{place}/snapshot",
             None if teacher else test_iter,  # such a net is for learning only

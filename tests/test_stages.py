@@ -156,6 +156,8 @@ class TestByHand:
             "iterations": 4,
             "schedule": "steps",
             "distil": "",
+            "calibration": "",
+            "images": 0,
         }
         assert (home / "original/solver.prototxt").read_text() == tiny.SOLVER
         original = Net.load(home / "original/train_val.prototxt", home / "original/weights.caffemodel")

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rebirth_caffe import cli
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rebirth_caffe.calibration import Calibration, Tell
     from rebirth_caffe.stages import Training
 
 # What is heavy is imported in main(), so that --help and a wrong option answer at once.
@@ -44,9 +48,13 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="keep",
                    help="kernel of a convolution that takes in a pool: the original, all the two of them "
                    "saw, or the smallest well-centred (default: keep)")  # fmt: skip
-    p.add_argument("--init", choices=("xavier", "inherit"), default="inherit",
-                   help="weights of reborn layers: noise as in the paper, or the absorbed layers' "
-                   "(default: inherit)")  # fmt: skip
+    p.add_argument("--init", choices=("xavier", "inherit", "lsq"), default="inherit",
+                   help="weights of reborn layers: noise as in the paper, the absorbed layers', or fitted to "
+                   "what the original does with images (default: inherit)")  # fmt: skip
+    p.add_argument("--calibration", metavar="IMAGES",
+                   help="images for lsq, without labels: an LMDB, a folder, a list (default: --train-data); "
+                   "for a deploy net with --mean-value, --scale, --crop as it was trained")  # fmt: skip
+    p.add_argument("--images", metavar="N", type=cli.positive, help="of them, to use (default: 1024)")
     p.add_argument("--seed", metavar="N", type=cli.whole, default=0, help="of everything random (default: 0)")
     p.add_argument("--image", metavar="CxHxW", type=_image,
                    help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
@@ -74,11 +82,15 @@ def parse_args() -> argparse.Namespace:
     if (args.train_data is None) != (args.test_data is None):
         p.error("--train-data and --test-data go together")
     for name in (
-        *("mean_file", "mean_value", "scale", "crop", "mirror", "batch"),
-        *("solver", "iterations", "schedule", "distil"),
+        *(() if args.calibration else ("mean_file", "mean_value", "scale", "crop")),
+        *("mirror", "batch", "solver", "iterations", "schedule", "distil"),
     ):
         if args.train_data is None and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')} is of no use without --train-data and --test-data")
+    if args.init == "lsq" and args.weights and not (args.calibration or args.train_data):
+        p.error("--init lsq learns from images; give --calibration")
+    if args.init != "lsq" and (args.calibration or args.images):
+        p.error("--calibration and --images are for --init lsq")
     return args
 
 
@@ -112,11 +124,13 @@ def main() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from rebirth_caffe.rebirth import rebirth
 
-    result = rebirth(
-        args.prototxt, args.weights, plan=args.plan, only=args.only, skip=args.skip, exact=args.exact,
-        reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed, image=args.image,
-        proto=args.proto, training=_training(args), caffe=args.caffe,
-    )  # fmt: skip
+    with _progress(args) as tell:
+        result = rebirth(
+            args.prototxt, args.weights, plan=args.plan, only=args.only, skip=args.skip, exact=args.exact,
+            reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed, image=args.image,
+            proto=args.proto, training=_training(args), caffe=args.caffe,
+            calibration=_calibration(args), tell=tell,
+        )  # fmt: skip
     default = re.sub(r"[^\w.+-]", "_", result.original.name)[:60] + "_rebirth"
     out = default if args.out is None else args.out
     written = [] if args.dry_run else result.write(out, args.force)
@@ -128,6 +142,28 @@ def main() -> None:
     show(result)
     if written:
         print(cli.printable(f"wrote {Path(out)}/: {', '.join(path.name for path in written)}"))
+
+
+@contextmanager
+def _progress(args: argparse.Namespace) -> Iterator[Tell]:
+    """A bar, where there is something to wait for."""
+    if args.init != "lsq":
+        yield lambda done, total: None
+        return
+    from rebirth_caffe.evaluate import show_progress
+
+    with show_progress() as progress:
+        yield progress
+
+
+def _calibration(args: argparse.Namespace) -> Calibration | None:
+    if args.calibration is None and args.images is None:
+        return None
+    from rebirth_caffe.calibration import IMAGES, Calibration
+    from rebirth_caffe.transform import Transform
+
+    transform = Transform(args.crop or 0, args.mean_value or (), args.mean_file, args.scale or 1.0)
+    return Calibration(args.calibration or args.train_data, args.images or IMAGES, transform)
 
 
 def _training(args: argparse.Namespace) -> Training | None:

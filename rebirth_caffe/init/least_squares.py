@@ -27,7 +27,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Weights = tuple[Doubles, Doubles]  # outputs x inputs, outputs
 
-RIDGES = (10.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+RIDGES = (10.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6)
 TOLERANCE = 1.05
 TURNS, FEWER = 15, 4  # of z and W: for the weights, and for comparing ridges
 CHUNK = 4096  # rows
@@ -82,45 +82,48 @@ def outputs(x: Floats, weights: Weights, relu: bool) -> Floats:
 def error(x: Floats, y: Floats, weights: Weights, relu: bool) -> float:
     """The relative error of a layer: the root of squared error over the target's variance.
 
-    0 is perfect, 1 no better than the mean of each channel; nan where there are no rows.
+    0 is perfect, 1 no better than the mean of each channel; of targets that do not vary it is the error
+    itself, and nan where there are no rows.
     """
     if not len(y):
         return math.nan
     wrong = sum(float(np.sum((outputs(x[s], weights, relu) - y[s]) ** 2)) for s in _chunks(len(x)))
     spread = float(np.sum((y - y.mean(axis=0)) ** 2))
-    return math.sqrt(wrong / spread) if spread else float(wrong > 0)
+    return math.sqrt(wrong / (spread or y.size))
 
 
 class _Regression:
-    """Ridge regressions of any targets on the same rows."""
+    """Ridge regressions of any targets on the same rows, which are taken about their mean."""
 
     def __init__(self, x: Floats) -> None:
-        moments = Moments(x.shape[1]).add(x)
-        self.x, self.mean, self.covariance = x, moments.mean, moments.covariance
+        self.mean = x.mean(axis=0, dtype=np.float64)
+        self.x: Floats = x - self.mean.astype(np.float32)
+        self.covariance = Moments(x.shape[1]).add(self.x).covariance
         values, self.vectors = np.linalg.eigh(self.covariance)
         self.values = np.maximum(values, 0)
-        # Rows that are all alike leave everything open.
-        self.unit = float(self.values.mean()) or 1.0
+        self.unit = float(self.values.mean()) or 1.0  # rows that are all alike leave everything open
 
     def solve(self, target: Callable[[slice], Floats], ridge: float, start: Doubles) -> Weights:
-        """W and b for the targets that ``target`` gives for a slice of rows."""
+        """W and b, of the centred rows, for the targets that ``target`` gives for a slice of them."""
         cross: Doubles = np.zeros((self.x.shape[1], len(start)))
         total: Doubles = np.zeros(len(start))
         for some in _chunks(len(self.x)):
             z = target(some)
             cross += self.x[some].T @ z
             total += z.sum(axis=0, dtype=np.float64)
-        mean = total / len(self.x)
-        rest = cross / len(self.x) - np.outer(self.mean, mean) - self.covariance @ start.T
+        rest = cross / len(self.x) - self.covariance @ start.T
         inner = (self.vectors.T @ rest) / (self.values + ridge * self.unit)[:, None]
-        weight = start + (self.vectors @ inner).T
-        return weight, mean - weight @ self.mean
+        return start + (self.vectors @ inner).T, total / len(self.x)
 
     def fit(self, y: Floats, relu: bool, ridge: float, start: Doubles, at: Weights | None) -> Weights:
         """Weights in turns from ``at``; where there is none, from the plain regression, in more turns."""
         if not relu:
-            return self.solve(lambda some: y[some], ridge, start)
-        found = at or self.solve(lambda some: y[some], ridge, start)
+            weight, shift = self.solve(lambda some: y[some], ridge, start)
+            return weight, shift - weight @ self.mean
+        if at is None:
+            found = self.solve(lambda some: y[some], ridge, start)
+        else:
+            found = at[0], at[1] + at[0] @ self.mean
         for _ in range(FEWER if at else TURNS):
             before = found
 
@@ -128,7 +131,7 @@ class _Regression:
                 return np.where(y[some] > 0, y[some], np.minimum(outputs(self.x[some], before, False), 0))
 
             found = self.solve(z, ridge, start)
-        return found
+        return found[0], found[1] - found[0] @ self.mean
 
 
 def fit(x: Floats, y: Floats, held: NDArray[np.bool_], relu: bool, start: Doubles) -> Solution:

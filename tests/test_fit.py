@@ -1,0 +1,265 @@
+"""Reborn layers fitted to the original on images, in real Caffe."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from rebirth_caffe import fit as module
+from rebirth_caffe import params
+from rebirth_caffe import plan as plans
+from rebirth_caffe.calibration import Calibration, Start
+from rebirth_caffe.data import write_lmdb
+from rebirth_caffe.engines import get_engine
+from rebirth_caffe.engines.caffe import CaffeEngine
+from rebirth_caffe.engines.training import CaffeTrainer
+from rebirth_caffe.errors import RebirthError
+from rebirth_caffe.fit import fit
+from rebirth_caffe.retrain import Options, retrain
+from rebirth_caffe.transform import Transform
+from tests import tiny
+from tests.nets import concat, conv, fc, lrn, pool, relu, with_weights
+from tests.nets import net as build
+from tests.tiny import synthetic
+
+ROOT = Path(__file__).resolve().parent.parent
+GREY = (1, 1, 28, 28)
+TRANSFORM = Transform(mean_values=(70.0,), scale=0.02)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A database of 60 grey images of 28 x 28."""
+    path = tmp_path_factory.mktemp("fit") / "images.lmdb"
+    write_lmdb(path, synthetic(60, 1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def by_caffe(caffe):
+    return CaffeEngine(caffe)
+
+
+def fitted(original, images, engine, kernel="keep", count=60):
+    """The net after all its merges, as inherited and as fitted, and what came of each layer."""
+    plan = plans.propose(original, kernel).plan
+    start = Start("lsq", 0, Calibration(str(images), count, TRANSFORM))
+    inherited = plans.apply(original, plan)
+    return inherited, *fit(original, inherited, plan, start, engine)
+
+
+def output(net, engine, tmp_path, blob):
+    """What a net makes of noise."""
+    net.write(tmp_path / "net.prototxt")
+    net.write_weights(tmp_path / "net.caffemodel")
+    with engine.open(tmp_path / "net.prototxt", tmp_path / "net.caffemodel") as session:
+        return session.forward(outputs=[blob])[blob]
+
+
+def test_an_average_pool_is_found_exactly(images, by_caffe, tmp_path):
+    """conv -> average pool is one larger convolution: nothing is left of the difference."""
+    body = [conv("a", "data", 6, 3), pool("p", "a", 2, 2, "pool: AVE"), conv("b", "p", 4, 3), fc("fc", "b")]
+    original = with_weights(build(*body, size=GREY))
+    inherited, reborn, (one,) = fitted(original, images, by_caffe, "cover")
+    assert (one.layer, one.note) == ("a/rebirth", "")
+    assert one.after < 1e-3 < 0.3 < one.before
+    wanted = output(original, by_caffe, tmp_path, "p")
+    assert np.abs(output(reborn, by_caffe, tmp_path, "p") - wanted).max() < 5e-3 * np.abs(wanted).max()
+    assert np.abs(output(inherited, by_caffe, tmp_path, "p") - wanted).max() > 0.1 * np.abs(wanted).max()
+
+
+def inception():
+    """conv -> pool -> LRN, then four branches with a pool behind them, as in GoogLeNet."""
+    branches = [
+        [conv("1x1", "n", 8), relu("1x1_relu", "1x1")],
+        [conv("3x3_reduce", "n", 16), relu("3x3_reduce_relu", "3x3_reduce")],
+        [conv("3x3", "3x3_reduce", 12, 3, "pad: 1"), relu("3x3_relu", "3x3")],
+        [conv("5x5_reduce", "n", 4), relu("5x5_reduce_relu", "5x5_reduce")],
+        [conv("5x5", "5x5_reduce", 6, 5, "pad: 2"), relu("5x5_relu", "5x5")],
+        [pool("pool", "n", 3, 1, "pad: 1"), conv("proj", "pool", 5), relu("proj_relu", "proj")],
+    ]
+    stem = [
+        conv("a", "data", 10, 3),
+        relu("r", "a"),
+        pool("p", "a", 3, 2),
+        lrn("n", "p", "alpha: 1e-4 beta: 0.75"),
+    ]
+    tail = [concat("join", "1x1 3x3 5x5 proj"), pool("q", "join", 3, 2), fc("fc", "q")]
+    return with_weights(build(*stem, *(x for branch in branches for x in branch), *tail, size=GREY))
+
+
+def test_every_layer_of_a_googlenet_is_fitted(images, by_caffe, tmp_path):
+    original = inception()
+    inherited, reborn, found = fitted(original, images, by_caffe)
+    assert [one.layer for one in found] == [f"{n}/rebirth" for n in ("a", "3x3_reduce", "5x5", "3x3")]
+    assert all(one.after < 0.9 for one in found)
+    assert all(one.after < one.before for one in found if one.before is not None)
+    wanted = output(original, by_caffe, tmp_path, "fc")
+    errors = [np.abs(output(net, by_caffe, tmp_path, "fc") - wanted).mean() for net in (inherited, reborn)]
+    assert errors[1] < 0.7 * errors[0]
+    made = {one.layer for one in found}
+    for before, after in zip(inherited.layers, reborn.layers, strict=True):  # the others are as they were
+        assert after is before or after.name in made
+        assert after.text == before.text
+
+
+def test_a_reducer_takes_over_trained_channels(images, by_caffe):
+    """Eight of 16 + 8 candidates: channels of the original's reducer or of the absorbed branch."""
+    original = inception()
+    _, reborn, found = fitted(original, images, by_caffe)
+    reducer = next(one for one in found if one.layer == "3x3_reduce/rebirth")
+    assert reducer.before is None  # no channel of it is to be what it was
+    assert reborn.layer("3x3_reduce/rebirth").blobs[0].array.shape[:2] == (8, 10)
+
+
+def test_opencv_does_as_well(images, by_caffe):
+    original = inception()
+    _, _, found = fitted(original, images, by_caffe)
+    _, _, other = fitted(original, images, get_engine("opencv"))
+    assert [round(one.after, 2) for one in found] == [round(one.after, 2) for one in other]
+
+
+def test_rows_are_bounded_whatever_the_number_of_images(images, by_caffe, monkeypatch):
+    seen = []
+    real = module._fitted
+
+    def watched(*arguments):
+        seen.append(arguments[3].shape)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_fitted", watched)
+    monkeypatch.setattr(module, "ROWS", 600)
+    original = with_weights(build(conv("a", "data", 6, 3), pool("p", "a", 2, 2), fc("fc", "p"), size=GREY))
+    for count in (20, 60):
+        fitted(original, images, by_caffe, "cover", count)
+    assert seen == [(600, 16)] * 2
+
+
+def test_layers_the_original_does_not_show_stay_as_they_were(images, by_caffe):
+    """A pool that stays hides what the convolution below it should give."""
+    body = [conv("a", "data", 6, 3), relu("r", "a"), pool("p", "a", 3, 2), lrn("n", "p"), fc("fc", "n")]
+    inherited, reborn, (one,) = fitted(with_weights(build(*body, size=(1, 1, 29, 29))), images, by_caffe)
+    assert one.note == "what it should put out is hidden behind 'p': as inherited"
+    assert str(one) == f"a/rebirth: {one.note}"
+    assert all(a is b for a, b in zip(inherited.layers, reborn.layers, strict=True))
+
+
+def test_images_of_another_size_are_refused(images, by_caffe):
+    body = [conv("a", "data", 6, 3), relu("r", "a"), lrn("n", "a"), fc("fc", "n")]
+    original = with_weights(build(*body, size=(1, 1, 29, 29)))
+    with pytest.raises(
+        RebirthError, match="its images are 1x28x28 after the transformation, the net takes 1x29x29"
+    ):
+        fitted(original, images, by_caffe)
+
+
+def test_groups_and_inner_products(images, by_caffe):
+    grouped = [conv("a", "data", 8, 3), conv("b", "a", 8, 3, "group: 2"), relu("r", "b"), lrn("n", "b")]
+    original = with_weights(
+        build(*grouped, fc("c", "n", 6), relu("cr", "c"), lrn("m", "c"), fc("fc", "m"), size=GREY)
+    )
+    _, reborn, found = fitted(original, images, by_caffe)
+    assert [one.layer for one in found][:1] == ["b/rebirth"]
+    assert found[0].after < 0.5 * found[0].before
+    assert reborn.layer("b/rebirth").blobs[0].array.shape == (8, 4, 3, 3)
+
+
+def test_a_kernel_reads_as_caffe_does():
+    """Stride, pad and dilation, against a loop."""
+    random = np.random.default_rng(0)
+    x = random.normal(0, 1, (2, 3, 9, 8)).astype("f4")
+    one = build(conv("c", "data", 4, 3, "stride: 2 pad: 2 dilation: 2"), size=(2, 3, 9, 8)).layer("c")
+    geometry = params.conv(one.param)
+    found = module.patches(x, geometry, (np.array([0, 1]), np.array([0, 3]), np.array([2, 1])))
+    for row, (image, i, j) in zip(found, ((0, 0, 2), (1, 3, 1)), strict=True):
+        padded = np.pad(x[image], ((0, 0), (2, 2), (2, 2)))
+        assert np.array_equal(row.reshape(3, 3, 3), padded[:, 2 * i : 2 * i + 5 : 2, 2 * j : 2 * j + 5 : 2])
+
+
+class TestImages:
+    def test_a_folder_a_list_and_a_database_are_the_same_images(self, images, tmp_path):
+        pixels = synthetic(60, 1)
+        names = []
+        for i in range(60):
+            name = f"{'even' if i % 2 == 0 else 'odd'}/{i:02d}.png"
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            cv2.imwrite(str(tmp_path / name), np.asarray(pixels.load(i)))
+            names.append(name)
+        (tmp_path / "with.txt").write_text("".join(f"{name} 3\n" for name in names))
+        (tmp_path / "without.txt").write_text("\n".join(names))
+
+        def read(source):
+            return np.concatenate(
+                [b for b, _ in Calibration(str(source), 30, TRANSFORM).batches((1, 28, 28), 7)]
+            )
+
+        database = read(images)
+        assert len(database) == 30
+        assert np.array_equal(read(tmp_path / "with.txt"), database)
+        assert np.array_equal(read(tmp_path / "without.txt"), database)
+        folder = read(tmp_path)
+        assert len({image.tobytes() for image in folder} | {image.tobytes() for image in database}) < 60
+
+    @pytest.mark.parametrize(
+        ("make", "complaint"),
+        [
+            (lambda p: None, "no such database, folder or list of images"),
+            (lambda p: p.mkdir(), "holds no images; give an LMDB, a folder or a list of images"),
+            (lambda p: write_lmdb(p, synthetic(9, 1)), "9 images; to calibrate takes 10 or more"),
+            (lambda p: p.write_text("a.png 1\n" * 10), "No such file"),
+        ],
+    )
+    def test_what_is_none_is_refused(self, tmp_path, make, complaint):
+        make(tmp_path / "x")
+        with pytest.raises((RebirthError, OSError), match=complaint):
+            list(Calibration(str(tmp_path / "x")).batches((1, 28, 28), 8))
+
+
+def test_without_complete_weights_there_is_nothing_to_learn_from(images, by_caffe):
+    original = inception()
+    original.layer("fc").record = None
+    with pytest.raises(RebirthError, match="layer 'fc': has no weights to learn from"):
+        fitted(original, images, by_caffe)
+
+
+def test_every_training_step_starts_from_a_fit_to_the_net_before_it(tmp_path_factory, caffe, tmp_path):
+    trained = tiny.trained(tmp_path_factory, caffe)
+    home = tiny.reborn(trained, tmp_path / "home", iterations=2, init="lsq")
+    settings = json.loads((home / "original/settings.json").read_text())
+    assert (settings["calibration"], settings["images"]) == (str(trained / "train.lmdb"), 1024)
+    notes: list[str] = []
+
+    def tell(what, details):
+        if what == "note":
+            notes.append(details["text"])
+
+    outcome = retrain(home, Options(iterations=2), CaffeTrainer(caffe), tell)
+    assert outcome is not None
+    assert [note.partition(" 0.")[0] for note in notes] == [
+        f"conv{i}: conv{i}/rebirth: relative error" for i in (1, 2)
+    ]
+
+
+def test_the_command(images, tmp_path):
+    original = inception()
+    original.write(tmp_path / "net.prototxt")
+    original.write_weights(tmp_path / "net.caffemodel")
+    command = [
+        *(sys.executable, ROOT / "tools/rebirth_net.py", tmp_path / "net.prototxt"),
+        *("--weights", tmp_path / "net.caffemodel", "--init", "lsq", "--out", tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (
+        done.stderr == "error: --init lsq learns from images; give --calibration; see rebirth_net.py --help\n"
+    )
+    assert done.returncode == 2
+    command += ["--calibration", images, "--images", "40", "--mean-value", "70", "--scale", "0.02"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "error as inherited" in done.stdout
+    report = json.loads((tmp_path / "out/report.json").read_text())["fitted"]
+    assert report[0]["layer"] == "a/rebirth"
+    assert all(0 < one["after"] < 1 for one in report)
