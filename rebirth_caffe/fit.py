@@ -24,7 +24,7 @@ from . import params
 from .caffemodel import Array, Blob, Record
 from .calibration import Calibration, Fitted, Start, Tell
 from .derive import deploy
-from .engines import Engine, any_engine
+from .engines import Engine
 from .errors import RebirthError
 from .evaluate import batch_size
 from .init import least_squares
@@ -51,18 +51,18 @@ def fit(
     reborn: Net,
     plan: Plan,
     start: Start,
-    engine: Engine | None = None,
+    engine: Engine,
     threads: int = 1,
     tell: Tell = lambda done, total: None,
 ) -> tuple[Net, list[Fitted]]:
     """``reborn``, which ``plan`` made of ``net``, with its reborn layers fitted, and what came of each.
 
-    A net without weights has nothing to be fitted to. ``engine`` is by default Caffe, or what there is;
-    ``tell`` hears how many images of how many have been seen. Raises RebirthError, EngineError.
+    A net without weights has nothing to be fitted to. ``tell`` hears how many images of how many have been
+    seen. Raises RebirthError, EngineError.
     """
     if start.calibration is None or not any(layer.blobs for layer in net.layers):
         return reborn, []
-    work = _Fit(start.calibration, start.seed, engine or any_engine(), threads, tell)
+    work = _Fit(start.calibration, start.seed, engine, threads, tell)
     return work.all(net, reborn, plan)
 
 

@@ -290,7 +290,8 @@ def rebirth(
             (a crop_size gives the size, mean values the channels).
         proto: the caffe.proto of the fork the net is for.
         training: databases (and a solver template) to write the files of training for.
-        caffe: where the Caffe is in which ``exact`` is verified, as in ``engines.caffe.find_caffe``.
+        caffe: where the Caffe is that verifies ``exact`` and computes ``calibration``, as in
+            ``engines.caffe.find_caffe``.
         calibration: the images of ``lsq``; by default those to train on. What is done to each is as in the
             net's Data layer, where it has one.
         tell: hears how many images of how many have been seen.
@@ -321,9 +322,10 @@ def rebirth(
     reborn = plans.apply(net, proposal.plan, init, seed)
     fitted: list[Fitted] = []
     if start.calibration is not None:
+        from .engines import any_engine
         from .fit import fit
 
-        reborn, fitted = fit(net, reborn, proposal.plan, start, tell=tell)
+        reborn, fitted = fit(net, reborn, proposal.plan, start, any_engine(caffe), tell=tell)
     shipped, deployed, why = net, None, ""
     try:
         shipped = deploy(net)
