@@ -395,6 +395,15 @@ def _read_hdf5(path: Path) -> Weights:
     return Weights(path.name.partition(".")[0], found, "HDF5", memoryview(b""))
 
 
+def _shape_today(record: Record, index: int) -> Shape:
+    """A blob's shape without the leading ones of old files, which Caffe takes in binary files only."""
+    shape = record.blobs[index].shape
+    axes = {"Convolution": (4, 1), "Deconvolution": (4, 1), "InnerProduct": (2, 1)}.get(record.type, ())
+    if len(shape) == 4 and index < len(axes) and shape[: -axes[index]] == (1,) * (4 - axes[index]):
+        return shape[-axes[index] :]
+    return shape
+
+
 def write_hdf5(path: Path, records: Sequence[Record]) -> None:
     """Write weights as Caffe's ToHDF5 does, which stores neither types nor a net's name."""
     import h5py
@@ -411,7 +420,7 @@ def write_hdf5(path: Path, records: Sequence[Record]) -> None:
             for name, record in by_name.items():
                 group = data.create_group(name)
                 for i, blob in enumerate(record.blobs):
-                    group.create_dataset(str(i), data=blob.array)
+                    group.create_dataset(str(i), data=blob.reshaped(_shape_today(record, i)))
     except (OSError, RuntimeError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be written as HDF5: {error}; check the free space") from None
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .schema.fork import Schema
 
 TRAIN, TEST = caffe_pb2.TRAIN, caffe_pb2.TEST
+MAX_STATES = 1_000_000  # times layers: every state is a net of its own; people's nets have two to ten
 # What in a layer has no part in what it computes from its weights.
 _HARMLESS = ("param", "weight_filler", "bias_filler", "filler", "engine")
 
@@ -360,6 +361,11 @@ def _states(net: Net) -> Iterator[tuple[State, bool]]:
         frozenset({*own.stage, *more})
         for more in [[], *([stage] for stage in stages), *(r.stage for r in rules)]
     )
+    if 2 * len(levels) * len(sets) * len(net.layers) > MAX_STATES:
+        raise NetError(
+            f"{net.path}: its layers are meant for {len(levels)} levels and {len(sets)} sets of stages; "
+            "remove those you do not use"
+        )
     for level, stage_set, phase in product(levels, sets, (TEST, TRAIN)):
         yield State(phase, level, stage_set), level == own.level and stage_set == frozenset(own.stage)
 

@@ -1,6 +1,9 @@
 """Weights files: every storage read, kept byte for byte, exchanged with real Caffe; broken ones refused."""
 
+import filecmp
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -79,6 +82,27 @@ def v1(seed: int = 0) -> bytes:
             num, channels, height, width = (1,) * (4 - array.ndim) + array.shape
             layer.blobs.add(num=num, channels=channels, height=height, width=width, data=array.ravel())
     return net.SerializeToString()
+
+
+def v0(seed: int = 0) -> bytes:
+    """What a Caffe of 2013 wrote: a layer inside of a V1 layer."""
+    net = caffe_pb2.NetParameter(name="small")
+    for old in caffe_pb2.NetParameter.FromString(v1(seed)).layers:
+        layer = net.layers.add().layer
+        layer.name, layer.type = old.name, {"conv": "conv", "fc": "innerproduct"}.get(old.name, "relu")
+        layer.blobs.extend(old.blobs)
+    return net.SerializeToString()
+
+
+def hdf5(path: Path, seed: int = 0) -> None:
+    """What Caffe writes as HDF5, in another order than the net's."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        for name, blobs in reversed(values(seed).items()):
+            group = file.create_group(f"data/{name}")
+            for i, array in enumerate(blobs):
+                group.create_dataset(str(i), data=array)
+        file.create_group("data/data")
 
 
 @pytest.fixture
@@ -273,6 +297,166 @@ def test_we_read_what_caffe_saves(files, in_caffe, tmp_path):
     rewritten = tmp_path / "again.caffemodel"
     Net.load(files["net"], out).write_weights(rewritten)
     assert rewritten.read_bytes() == out.read_bytes()
+
+
+# ---- other storage ----------------------------------------------------------------------------------------
+
+
+def test_v0_storage(tmp_path):
+    path = tmp_path / "v0.caffemodel"
+    path.write_bytes(v0())
+    weights = read(path)
+    assert weights.storage == "V0"
+    assert {r.name: r.type for r in weights.records}.items() >= {
+        "conv": "Convolution",
+        "fc": "InnerProduct",
+    }.items()
+    (tmp_path / "net").write_text(TEXT)
+    net = Net.load(tmp_path / "net", path)
+    fitted = {x.name: [b.reshaped(s) for b, s in zip(x.blobs, SHAPES[x.name], strict=True)]
+              for x in net.layers if x.blobs}  # fmt: skip
+    assert same(fitted, values())
+
+
+def test_hdf5_storage(files, tmp_path):
+    path = tmp_path / "any.name"
+    hdf5(path)
+    weights = read(path)
+    assert (weights.name, weights.storage) == ("any", "HDF5")
+    assert same(arrays(weights), values())
+    net, out = Net.load(files["net"], path), tmp_path / "out.caffemodel"
+    net.write_weights(out)
+    assert same(arrays(read(out)), values())
+
+
+def test_caffe_loads_our_hdf5_and_we_read_caffes(files, in_caffe, tmp_path):
+    ours, caffes, dump = tmp_path / "ours.caffemodel.h5", tmp_path / "caffes.h5", tmp_path / "dump.npz"
+    pytest.importorskip("h5py")
+    caffemodel.write_hdf5(ours, read(files["current"]).records)
+    code = SAVE.replace("net.save(weights)", "net.load_hdf5(ours); net.save_hdf5(weights)") + DUMP
+    given = {"prototxt": str(files["net"]), "ours": str(ours), "weights": str(caffes), "out": str(dump)}
+    in_caffe(code, **given)
+    assert same(from_npz(dump), values())
+    assert same(arrays(read(caffes)), values())
+
+
+def test_caffe_loads_old_blobs_as_hdf5(in_caffe, tmp_path):
+    """In HDF5 it wants today's shapes."""
+    pytest.importorskip("h5py")
+    (tmp_path / "v0").write_bytes(v0())
+    records = [record for record in read(tmp_path / "v0").records if record.name in ("conv", "fc")]
+    caffemodel.write_hdf5(tmp_path / "w.h5", records)
+    kept = TEXT.split('layer { name: "norm"')[0] + TEXT[TEXT.index('layer { name: "fc"') :]
+    (tmp_path / "net").write_text(kept.replace('bottom: "factor"', 'bottom: "conv"'))
+    found = tmp_path / "dump.npz"
+    in_caffe(DUMP, prototxt=str(tmp_path / "net"), weights=str(tmp_path / "w.h5"), out=str(found))
+    assert same(from_npz(found), {name: values()[name] for name in ("conv", "fc")})
+
+
+def test_a_layer_with_a_slash_is_read_and_not_written(tmp_path):
+    """Caffe would take the part before the slash for the layer's name."""
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "in.h5", "w") as file:
+        file["data/conv1/7x7_s2/0"] = np.ones(3, "f4")
+        file["data/conv1/7x7_s2/1"] = np.ones(2, "f8")
+    (record,) = [r for r in read(tmp_path / "in.h5").records if r.blobs]
+    assert (record.name, [b.shape for b in record.blobs]) == ("conv1/7x7_s2", [(3,), (2,)])
+    with pytest.raises(WeightsError, match="HDF5 has no place for a layer called 'conv1/7x7_s2'; write a"):
+        caffemodel.write_hdf5(tmp_path / "out.h5", [record])
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_hdf5_that_is_no_caffemodel(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "w.h5"
+
+    def refused(*fill: tuple[str, object]) -> str:
+        with h5py.File(path, "w") as file:
+            for name, value in fill:
+                file[name] = value
+        with pytest.raises(WeightsError) as caught:
+            read(path)
+        return str(caught.value).removeprefix(f"{path}: ")
+
+    one = np.ones(1, "f4")
+    assert refused(("x", one)) == "HDF5 without a group 'data'; not a caffemodel"
+    assert refused(("data/conv/2", one)).startswith("layer 'conv': a blob is missing; damaged")
+    assert refused(("data/conv/weight", one)).startswith("layer 'conv': 'weight' is no blob of numbers")
+    assert refused(("data/conv/0", np.ones(1, "i4"))).startswith("layer 'conv': '0' is no blob of numbers")
+    assert refused(("data/conv/0", h5py.ExternalLink("/etc/passwd", "/"))).startswith(
+        "layer 'conv': '0' is a link to elsewhere"
+    )
+    assert refused(("data/conv", h5py.SoftLink("/data"))).startswith(
+        "layer '': 'conv' is a link to elsewhere"
+    )
+    assert refused(("data/" + "a/" * 20 + "0", one)).endswith("groups more than 16 deep; not a caffemodel")
+    with h5py.File(path, "w") as file:
+        file.create_dataset("data/conv/0", shape=(2**20, 2**20), dtype="f4", chunks=(2**10, 2**10))
+    with pytest.raises(WeightsError, match=r"blob 0 of \(1048576, 1048576\) is larger than the file"):
+        read(path)
+    whole = path.read_bytes()
+    for size in (9, 100, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(WeightsError, match="HDF5 that cannot be read: "):
+            read(path)
+
+
+def test_a_file_of_two_gigabytes_is_refused_before_it_is_read(tmp_path):
+    path = tmp_path / "w.caffemodel"
+    with path.open("wb") as file:
+        file.truncate(2**31)
+    start = time.process_time()
+    with pytest.raises(WeightsError, match=r"w.caffemodel: 2.1 GB; a binary caffemodel ends below 2 GB"):
+        read(path)
+    assert time.process_time() - start < 1
+
+
+def test_two_gigabytes_are_not_written(tmp_path):
+    blob = Blob(np.zeros(1, "f4"))
+    blob.raw = memoryview(bytes(2**20))  # 2^11 times
+    record = Record("a", "X", [blob] * 2**11)
+    with pytest.raises(WeightsError, match=r"would be 2\.1 GB; a binary caffemodel ends below 2 GB"):
+        caffemodel.write(tmp_path / "w", caffe_pb2.NetParameter(), [(b"", record)])
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_large_file_is_held_once(tmp_path):
+    """In a process of its own; what other tests have used is memory it could have again."""
+    path, count = tmp_path / "w.caffemodel", 50_000_000
+    blob = b"\x3a\x06\x0a\x04" + caffemodel._varint(count) + b"\x2a" + caffemodel._varint(4 * count)
+    layer = b"\x0a\x01a\x3a" + caffemodel._varint(len(blob) + 4 * count) + blob
+    head = b"\xa2\x06" + caffemodel._varint(len(layer) + 4 * count) + layer
+    with path.open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + 4 * count)
+    code = (
+        "import resource, sys; from rebirth_caffe import caffemodel, upgrade\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); w = caffemodel.read(sys.argv[1]); total = w.records[0].blobs[0].array.sum()\n"
+        "caffemodel.write(upgrade.Path(sys.argv[2]), *upgrade.upgrade_weights(w, ''))\n"
+        "print(len(w.source), 1024 * (peak() - before))"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    size, more = map(int, done.stdout.split())
+    assert size == len(head) + 4 * count
+    assert more < 1.1 * size
+    assert filecmp.cmp(path, tmp_path / "out", shallow=False)
+
+
+def test_weights_that_are_no_numbers_are_reported_by_layer(files):
+    message = caffe_pb2.NetParameter.FromString(current())
+    by_name = {layer.name: layer for layer in message.layer}
+    by_name["conv"].blobs[0].data[3] = float("nan")
+    by_name["conv"].blobs[1].data[0] = float("-inf")
+    by_name["fc"].blobs[1].data[2] = float("inf")
+    message.layer.add(name="stranger").blobs.add(data=[float("nan")])
+    files["current"].write_bytes(message.SerializeToString())
+    with pytest.raises(WeightsError) as caught:
+        Net.load(files["net"], files["current"])
+    assert str(caught.value).startswith(
+        f"{files['current']}: weights that are NaN or infinite in 'conv' (2), 'fc' (1); "
+    )
 
 
 # ---- what does not fit ------------------------------------------------------------------------------------
