@@ -6,6 +6,7 @@ float: blobs are numpy views of the file's own bytes, and what is not changed is
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -414,15 +415,38 @@ def write_hdf5(path: Path, records: Sequence[Record]) -> None:
             raise WeightsError(
                 f"{path}: HDF5 has no place for a layer called '{name}'; write a binary .caffemodel"
             )
-    try:
-        with h5py.File(path, "w") as file:
+    with _Kept(path, "w+") as out:
+        with h5py.File(out, "w") as file:
             data = file.create_group("data")
             for name, record in by_name.items():
                 group = data.create_group(name)
                 for i, blob in enumerate(record.blobs):
                     group.create_dataset(str(i), data=blob.reshaped(_shape_today(record, i)))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be written as HDF5: {error}; check the free space") from None
+        if out.error is not None:
+            raise out.error
+        os.fsync(out.fileno())
+
+
+class _Kept(io.FileIO):
+    """A file that keeps its first failure for later: HDF5's library crashes where a write fails."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        while left and self.error is None:
+            try:
+                left = left[super().write(left) :]
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
 
 
 # ---- wire format ------------------------------------------------------------------------------------------
