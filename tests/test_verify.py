@@ -69,6 +69,17 @@ def test_what_no_engine_runs_is_written_and_said_not_to_be_verified(tmp_path):
     assert "OfAFork" in report["verified"]["reason"]
 
 
+def test_a_train_val_without_a_known_image_is_written_and_said_not_to_be_verified(tmp_path):
+    data = layer("data", "Data", "", "data label", 'data_param { source: "x" batch_size: 1 backend: LMDB }')
+    text = net(data, *BODY, layer("loss", "SoftmaxWithLoss", "fc label"), size=()).text()
+    (tmp_path / "in.prototxt").write_text(text)
+    result = rebirth(tmp_path / "in.prototxt", exact=True)
+    result.write(tmp_path / "out")
+    assert result.merges
+    assert result.verified is not None
+    assert "its image size is not in the file" in result.verified.reason
+
+
 def test_nothing_is_written_that_differs(tmp_path, monkeypatch, caffe):
     (tmp_path / "in.prototxt").write_text(net(*BODY).text())
     result = rebirth(tmp_path / "in.prototxt", exact=True)
