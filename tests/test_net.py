@@ -12,6 +12,7 @@ from rebirth_caffe.caffemodel import Blob, Record
 from rebirth_caffe.cost import cost
 from rebirth_caffe.errors import NetError, PrototxtError, RebirthError
 from rebirth_caffe.net import TEST, TRAIN, Layer, Net, State, View
+from rebirth_caffe.schema import caffe_pb2
 from rebirth_caffe.shapes import infer
 
 ZOO = Path(__file__).parent.parent / "prototxts"
@@ -352,14 +353,21 @@ def test_rewiring_changes_the_names_and_nothing_else():
             layer.rewired(bottom, top)
 
 
-def test_rewiring_keeps_weights_and_forgets_the_files_bytes():
+def test_rewiring_keeps_weights_and_all_of_the_files_bytes_but_the_wiring():
     layer = Layer.from_text(ODD)
     blob = Blob(np.zeros(3, "f4"))
-    layer.record = Record("cat", "Concat", [blob], memoryview(b"x"))
+    stored = caffe_pb2.LayerParameter(name="cat", type="Concat", bottom=["old", "older"], top=["was"])
+    stored.concat_param.axis = 3
+    of_a_fork = b"\xfa\x3f\x03abc\xfd\x3f\1\2\3\4\xf8\x3f\x96\1"  # bytes, a float and a number
+    raw = stored.SerializeToString() + of_a_fork
+    layer.record = Record("cat", "Concat", [blob], memoryview(raw))
     rewired = layer.rewired(["1", "2", "3"], ["4"])
     assert rewired.record is not None
-    assert rewired.record.raw is None
     assert rewired.blobs == [blob]
+    assert bytes(rewired.record.raw or b"").endswith(of_a_fork)
+    found = caffe_pb2.LayerParameter.FromString(bytes(rewired.record.raw or b""))
+    assert (list(found.bottom), list(found.top)) == (["1", "2", "3"], ["4"])
+    assert (found.name, found.type, found.concat_param.axis) == ("cat", "Concat", 3)
 
 
 @pytest.mark.parametrize("path", ZOO_FILES, ids=NAMES)
