@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
-# make is what runs the tests, and its demo is tools/demo.py; the image has tools/image_check.sh.
-ELSEWHERE = ("make ", "docker ")
+# make is what runs the tests, and its demo is tools/demo.py; the image has tools/image_check.sh, torchrun
+# tests/test_torch_training.py.
+ELSEWHERE = ("make ", "docker ", "pip ", "torchrun ")
 
 
 @pytest.fixture(scope="module")
