@@ -1,9 +1,9 @@
-"""Step by step from the original's weights to the reborn net's, under real Caffe.
+"""Step by step from the original's weights to the reborn net's, under real Caffe or torch.
 
 A directory made by ``rebirth_net.py --train-data`` holds the original, the plan and a solver template. Each
 training step of the plan is applied to the net as trained so far, trained, tested, and kept or rolled back.
 
-Training runs in segments of fixed length. Each starts Caffe afresh from the last snapshot, with a seed of its
+Training runs in segments of fixed length. Each starts afresh from the last snapshot, with a seed of its
 own and the data layers moved on to where the segment begins, so that a run that was killed and started again
 does the same arithmetic as one that was not. What is done is in ``retrain/journal.jsonl``; a segment that is
 not there has not happened. (Several GPUs are Caffe's own business: there a killed run goes on from Caffe's

@@ -15,7 +15,8 @@ import pytest
 
 from rebirth_caffe import caffemodel
 from rebirth_caffe.data import open_lmdb
-from rebirth_caffe.engines.training import Run, train
+from rebirth_caffe.engines.training import Diverged, Run, train
+from rebirth_caffe.errors import EngineError
 from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import Net
 from rebirth_caffe.originals import begin
@@ -284,3 +285,59 @@ def children(parent: int) -> list[int]:
         except (OSError, ValueError):
             continue
     return sorted(found)
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------
+
+
+def test_a_net_that_diverges_says_when(tmp_path, databases):
+    home = prepared(tmp_path / "home", databases, 'base_lr: 1e30 lr_policy: "fixed" momentum: 0.9')
+    with pytest.raises(Diverged, match=r"the loss became (nan|inf) at iteration [12]$"):
+        TorchTrainer().train(run(home), lambda iteration, loss: None)
+
+
+@pytest.mark.parametrize(
+    ("solver", "said"),
+    [
+        ('base_lr: 1 lr_policy: "plateau"', "no lr_policy is called 'plateau'; give one of exp, fixed"),
+        (
+            'base_lr: 1 lr_policy: "fixed" type: "Lion"',
+            "no solver is called 'Lion'; give one of SGD, Nesterov",
+        ),
+        ('base_lr: 1 lr_policy: "step"', "lr_policy 'step' needs a stepsize of 1 or more"),
+    ],
+)
+def test_a_solver_that_is_not_known(tmp_path, databases, solver, said):
+    home = prepared(tmp_path / "home", databases, solver)
+    with pytest.raises(EngineError, match=said):
+        TorchTrainer().train(run(home), lambda iteration, loss: None)
+
+
+def test_labels_beyond_the_classes_are_one_line(tmp_path, databases):
+    layers = (fc("fc", "data", 3), layer("loss", "SoftmaxWithLoss", "fc label"))
+    home = prepared(tmp_path / "home", databases, SGD, layers=layers)
+    with pytest.raises(EngineError, match=r"solver\.prototxt: torch failed: Target \d is out of bounds"):
+        TorchTrainer().train(run(home), lambda iteration, loss: None)
+
+
+def test_a_state_of_another_solver(tmp_path, databases):
+    home = prepared(tmp_path / "home", databases, SGD)
+    TorchTrainer().train(run(home, 1), lambda iteration, loss: None)
+    text = (home / "solver.prototxt").read_text()
+    (home / "solver.prototxt").write_text(f'type: "Adam" {text}')
+    with pytest.raises(EngineError, match="the state of another net, or of another type of solver"):
+        TorchTrainer().train(run(home, 2, state="s_iter_1.solverstate"), lambda iteration, loss: None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--engine", "torch", "--gpu", "0"), "--gpu is Caffe's; with --engine torch give --device cuda"),
+        (("--amp", "bf16"), "--device, --amp, --workers and torchrun want --engine torch"),
+    ],
+)
+def test_options_of_the_other_engine(tmp_path, flags, said):
+    command = [sys.executable, *RETRAIN, str(tmp_path), *flags]
+    done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {said}\n"
