@@ -37,8 +37,9 @@ def infer(view: View, batch: int | None = None) -> dict[Value, MaybeShape]:
 
     image = view.net.image or (_first_channels(view) or ASSUMED_CHANNELS, 0, 0)
     shapes: dict[Value, MaybeShape] = {}
-    for value, shape in zip(view.inputs, _input_shapes(view.net.header), strict=False):
-        shapes[value] = entering(shape)
+    for value, shape in itertools.zip_longest(view.inputs, _input_shapes(view.net.header)):
+        if value is not None:  # of an input that says no shape none is known
+            shapes[value] = entering(shape)
     for layer in view.layers:
         bottoms = [shapes.get(value) for value in view.bottoms[layer]]
         if layer.type == "Data" and layer.strange is None:

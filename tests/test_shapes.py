@@ -345,6 +345,15 @@ def test_a_field_of_a_fork_in_a_layer_of_stock_caffe_does_too():
         assert found == {"a": IMAGE, "out": IMAGE if known else None}
 
 
+def test_an_input_that_says_no_shape_has_none():
+    """Fully convolutional nets leave it to whoever runs them."""
+    conv1 = (
+        'layer { name: "c" type: "Convolution" bottom: "a" top: "c" convolution_param { num_output: 4 } }\n'
+    )
+    for given in ('input: "a"\n', 'layer { name: "in" type: "Input" top: "a" }\n'):
+        assert ours(Net.parse(given + conv1))[0] == {"a": None, "c": None}
+
+
 def test_a_batch_replaces_the_first_dimension_of_inputs_only():
     text = single(layer("InnerProduct", "num_output: 5"), IMAGE)
     text += 'layer { name: "p" type: "Parameter" top: "p" parameter_param { shape { dim: 7 dim: 2 } } }'
