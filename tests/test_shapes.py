@@ -350,8 +350,8 @@ def test_an_input_that_says_no_shape_has_none():
     conv1 = (
         'layer { name: "c" type: "Convolution" bottom: "a" top: "c" convolution_param { num_output: 4 } }\n'
     )
-    for given in ('input: "a"\n', 'layer { name: "in" type: "Input" top: "a" }\n'):
-        assert ours(Net.parse(given + conv1))[0] == {"a": None, "c": None}
+    for head in ('input: "a"\n', 'layer { name: "in" type: "Input" top: "a" }\n'):
+        assert ours(Net.parse(head + conv1))[0] == {"a": None, "c": None}
 
 
 def test_a_batch_replaces_the_first_dimension_of_inputs_only():
