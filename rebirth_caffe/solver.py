@@ -17,6 +17,7 @@ from .net import TEST, TRAIN, Layer, Net
 from .prototxt import Field, Message, number, quote, render
 from .schema import caffe_pb2
 from .shapes import all_param_shapes, infer
+from .upgrade import upgrade
 
 # The paper's: SGD with momentum 0.9, a tenth of the rate after 40 of 90 thousand iterations, new layers ten
 # times faster (0.01 against 0.001). The step's place scales with the iterations.
@@ -304,8 +305,8 @@ def _once(tree: Message, name: str, value: str) -> None:
 
 
 def read_template(path: Path | None) -> str:
-    """A user's solver template, or the paper's."""
-    return TEMPLATE if path is None else prototxt.read_text(path)
+    """A user's solver template in today's format, or the paper's."""
+    return TEMPLATE if path is None else upgrade(prototxt.read_text(path), path).text
 
 
 def data_layer(net: Net, phase: int = TEST) -> Layer | None:

@@ -426,3 +426,9 @@ class TestSolver:
         for path, said in ((tmp_path / "w", "binary data"), (tmp_path / "none", "no such file")):
             with pytest.raises(PrototxtError, match=said):
                 read_template(path)
+
+
+def test_a_template_of_an_older_caffe_is_upgraded(tmp_path):
+    path = tmp_path / "solver.prototxt"
+    path.write_text("solver_type: ADAM  # of 2015\nbase_lr: 0.1\n")
+    assert read_template(path) == 'type: "Adam"  # of 2015\nbase_lr: 0.1\n'
