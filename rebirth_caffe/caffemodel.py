@@ -126,13 +126,8 @@ class Record:
         wiring = [(_LAYER_BOTTOM, name) for name in bottom] + [(_LAYER_TOP, name) for name in top]
         pieces: list[bytes | memoryview] = [_bytes_field(number, name.encode()) for number, name in wiring]
         for number, kind, value in _scan(self.raw, f"layer '{self.name}'"):
-            if number in (_LAYER_BOTTOM, _LAYER_TOP):
-                continue
-            pieces.append(_key(number, kind))
-            if kind == _VARINT:
-                pieces.append(_varint(int(value)))
-            else:
-                pieces += [_varint(len(value)), value] if kind == _BYTES else [value]
+            if number not in (_LAYER_BOTTOM, _LAYER_TOP):
+                pieces += _field(number, kind, value)
         return Record(self.name, self.type, self.blobs, memoryview(b"".join(pieces)))
 
     def fork_blobs(self, layer: Descriptor) -> dict[str, Blob]:
