@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import RebirthError
 from .net import Net
-from .solver import data_layer
+from .solver import REBORN_LR, data_layer
 from .transform import Transform
 
 Floats = NDArray[np.float32]
@@ -97,6 +97,14 @@ class Start:
     init: str = "inherit"
     seed: int = 0
     calibration: Calibration | None = None
+
+    @property
+    def rate(self) -> float:
+        """How many times as fast as the other layers reborn ones learn.
+
+        What was fitted has the scale of a trained net: ten times the rate, the paper's for noise, undoes it.
+        """
+        return 1.0 if self.init == "lsq" else REBORN_LR
 
 
 def transform_of(net: Net) -> Transform:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import params
+from . import plan as plans
 from .caffemodel import Array, Blob, Record
 from .calibration import Calibration, Fitted, Start, Tell
 from .derive import deploy
@@ -115,7 +116,8 @@ class _Fit:
 
     def all(self, before: Net, after: Net, plan: Plan) -> tuple[Net, list[Fitted]]:
         """``after`` with fitted layers."""
-        old, student = _Side(deploy(before)), deploy(after)
+        # Merges are made after the layers that the exact ones leave; those compute the same.
+        old, student = _Side(deploy(plans.apply(before, plan.only(())))), deploy(after)
         bare = next((x for x, s in all_param_shapes(old.net).items() if s and not x.blobs), None)
         if bare is not None:
             raise RebirthError(

@@ -27,15 +27,23 @@ from .init import METHODS
 from .merge import Merge, Refusal
 from .net import TRAIN, Net
 from .plan import Plan, Proposal
+from .rules import KERNELS
 from .solver import data_layer
 from .stages import FOLDERS, Training, prepare
 from .stages import write as write_stages
 
 if TYPE_CHECKING:
+    from .sensitivity import Sensitivity
     from .verify import Verified
 
-KERNELS = ("keep", "cover", "auto")
-FILES = ("deploy.prototxt", "train_val.prototxt", "weights.caffemodel", "plan.yaml", "report.json")
+FILES = (
+    "deploy.prototxt",
+    "train_val.prototxt",
+    "weights.caffemodel",
+    "plan.yaml",
+    "report.json",
+    "sensitivity.json",
+)
 
 
 @dataclass
@@ -57,6 +65,7 @@ class Result:
     caffe: str | None = None  # where the Caffe to verify it in is
     verified: Verified | None = None
     fitted: list[Fitted] = field(default_factory=list)  # where the layers started from images
+    sensitivity: list[Sensitivity] = field(default_factory=list)  # where it was asked for
 
     @property
     def deploy(self) -> Net:
@@ -177,6 +186,7 @@ class Result:
         absent = {
             "deploy.prototxt": self.deployed is None,
             "train_val.prototxt": not is_trainable(self.net),
+            "sensitivity.json": not self.sensitivity,
             "weights.caffemodel": not any(layer.blobs for layer in self.net.layers),
         }
         return [name for name in FILES if not absent.get(name, False)]
@@ -192,6 +202,9 @@ class Result:
             self.net.write_weights(folder / "weights.caffemodel")
         (folder / "plan.yaml").write_text(plans.dump(self.plan), "utf-8")
         (folder / "report.json").write_text(json.dumps(self.report(), indent=2) + "\n", "utf-8")
+        if self.sensitivity:
+            rows = [asdict(one) for one in self.sensitivity]
+            (folder / "sensitivity.json").write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
         if self.training is not None:
             write_stages(folder, self.original, self.plan, self.training, self.start)
         return [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
@@ -272,6 +285,7 @@ def rebirth(
     training: Training | None = None,
     caffe: str | None = None,
     calibration: Calibration | None = None,
+    sensitivity: bool = False,
     tell: Tell = lambda done, total: None,
 ) -> Result:
     """Read a net, merge what can be merged, and return the reborn one; nothing is written.
@@ -294,6 +308,7 @@ def rebirth(
             ``engines.caffe.find_caffe``.
         calibration: the images of ``lsq``; by default those to train on. What is done to each is as in the
             net's Data layer, where it has one.
+        sensitivity: measure every merge alone (see ``sensitivity``), on the test images of ``training``, too.
         tell: hears how many images of how many have been seen.
 
     Raises RebirthError with the place, what is wrong and what to do.
@@ -318,7 +333,8 @@ def rebirth(
     else:
         given = plan if isinstance(plan, Plan) else plans.load(Path(plan))
         proposal = Proposal(plans.select(net, given, only, skip, exact))
-    start = Start(init, seed, _images(net, training, calibration) if init == "lsq" else None)
+    images = _images(net, training, calibration) if init == "lsq" or sensitivity else None
+    start = Start(init, seed, images if init == "lsq" else None)
     reborn = plans.apply(net, proposal.plan, init, seed)
     fitted: list[Fitted] = []
     if start.calibration is not None:
@@ -326,6 +342,13 @@ def rebirth(
         from .fit import fit
 
         reborn, fitted = fit(net, reborn, proposal.plan, start, any_engine(caffe), tell=tell)
+    alone: list[Sensitivity] = []
+    if sensitivity:
+        from . import sensitivity as merges
+        from .engines import any_engine
+
+        labelled = None if training is None else training.data.test
+        alone = merges.sensitivity(net, Start("lsq", seed, images), any_engine(caffe), labelled, tell)
     shipped, deployed, why = net, None, ""
     try:
         shipped = deploy(net)
@@ -350,6 +373,7 @@ def rebirth(
         caffe=caffe,
         start=start,
         fitted=fitted,
+        sensitivity=alone,
     )
 
 

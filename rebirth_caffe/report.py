@@ -49,6 +49,7 @@ def show(result: Result, console: Console | None = None) -> None:
         section(*_exact(result.merges), *_left_out(result))
         section(*_refused(result))
         section(*_fitted(result))
+        section(*_alone(result))
         section(_costs(result))
         section(*_notes(result))
     console.file.write(captured.get())
@@ -203,6 +204,18 @@ def _fitted(result: Result) -> list[Table]:
         ridge = "" if one.ridge is None else f"{one.ridge:g}"
         rows.append([one.merge, one.layer, *numbers, ridge, one.note])
     columns = ["merge", "fitted", "error as inherited", "error now", "ridge", ""]
+    return [_table(columns, rows)] if rows else []
+
+
+def _alone(result: Result) -> list[Table]:
+    """What each merge saves and loses by itself, the best bargain first."""
+    rows = []
+    for one in result.sensitivity:
+        error = "" if one.error is None else f"{one.error:.2f}"
+        top1 = "" if one.top1 is None else f"{one.top1:.2%}"
+        saved = f"{one.saved_ms:+.2f} of {one.before_ms:.2f} ms"
+        rows.append([one.merge, one.kernel, f"{one.reduce:g}", error, saved, top1])
+    columns = ["merged alone", "kernel", "reducers", "error", "saves", "top-1"]
     return [_table(columns, rows)] if rows else []
 
 

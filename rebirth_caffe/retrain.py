@@ -343,7 +343,7 @@ class _Run:
     def _learner(self, step: Step, reborn: Net, done: float = 0.0) -> Net:
         """What Caffe trains in a step of which a part ``done`` (0..1) is behind."""
         if self.teacher is None:
-            return with_rates(reborn, step.what.new)
+            return with_rates(reborn, step.what.new, self.settings.start(reborn).rate)
         found = self.journal.find("targets", step=step.folder)
         if found is None:
             merges = step.what.again or [merge for merge in self.plan.active if not merge.exact]

@@ -215,7 +215,7 @@ def write(folder: Path, original: Net, plan: Plan, training: Training, start: St
         made += step.merges
         net = plans.apply(bare, plan.only(made))
         if teacher is None:
-            learner = with_rates(net, step.new)
+            learner = with_rates(net, step.new, start.rate)
         else:
             assert training.engine is not None
             targets = teacher.measure(distil.blobs(net, step.again or made), training.engine)

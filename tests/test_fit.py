@@ -231,6 +231,7 @@ def test_every_training_step_starts_from_a_fit_to_the_net_before_it(tmp_path_fac
     home = tiny.reborn(trained, tmp_path / "home", iterations=2, init="lsq")
     settings = json.loads((home / "original/settings.json").read_text())
     assert (settings["calibration"], settings["images"]) == (str(trained / "train.lmdb"), 1024)
+    assert "lr_mult: 10" not in (home / "stages/01-conv1/train_val.prototxt").read_text()
     notes: list[str] = []
 
     def tell(what, details):
@@ -239,6 +240,7 @@ def test_every_training_step_starts_from_a_fit_to_the_net_before_it(tmp_path_fac
 
     outcome = retrain(home, Options(iterations=2), CaffeTrainer(caffe), tell)
     assert outcome is not None
+    assert "lr_mult: 10" not in (home / "retrain/01-conv1/train_val.prototxt").read_text()
     assert [note.partition(" 0.")[0] for note in notes] == [
         f"conv{i}: conv{i}/rebirth: relative error" for i in (1, 2)
     ]

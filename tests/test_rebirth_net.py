@@ -23,7 +23,8 @@ from rebirth_caffe.errors import RebirthError
 from rebirth_caffe.init import METHODS
 from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import Net
-from rebirth_caffe.rebirth import FILES, KERNELS, rebirth
+from rebirth_caffe.rebirth import FILES, rebirth
+from rebirth_caffe.rules import KERNELS
 from rebirth_caffe.schema import caffe_pb2
 
 ROOT = Path(__file__).parents[1]

@@ -55,6 +55,9 @@ def parse_args() -> argparse.Namespace:
                    help="images for lsq, without labels: an LMDB, a folder, a list (default: --train-data); "
                    "for a deploy net with --mean-value, --scale, --crop as it was trained")  # fmt: skip
     p.add_argument("--images", metavar="N", type=cli.positive, help="of them, to use (default: 1024)")
+    p.add_argument("--sensitivity", action="store_true",
+                   help="measure, too, what each merge alone saves and loses, in every geometry (needs "
+                   "--calibration and takes its time)")  # fmt: skip
     p.add_argument("--seed", metavar="N", type=cli.whole, default=0, help="of everything random (default: 0)")
     p.add_argument("--image", metavar="CxHxW", type=_image,
                    help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
@@ -87,10 +90,13 @@ def parse_args() -> argparse.Namespace:
     ):
         if args.train_data is None and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')} is of no use without --train-data and --test-data")
-    if args.init == "lsq" and args.weights and not (args.calibration or args.train_data):
-        p.error("--init lsq learns from images; give --calibration")
-    if args.init != "lsq" and (args.calibration or args.images):
-        p.error("--calibration and --images are for --init lsq")
+    learning = "--sensitivity" if args.sensitivity else "--init lsq" if args.init == "lsq" else ""
+    if learning and args.weights and not (args.calibration or args.train_data):
+        p.error(f"{learning} learns from images; give --calibration")
+    if not learning and (args.calibration or args.images):
+        p.error("--calibration and --images are for --init lsq and --sensitivity")
+    if args.sensitivity and not args.weights:
+        p.error("--sensitivity tells what trained weights lose; give --weights")
     return args
 
 
@@ -129,7 +135,8 @@ def main() -> None:
             args.prototxt, args.weights, plan=args.plan, only=args.only, skip=args.skip, exact=args.exact,
             reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed, image=args.image,
             proto=args.proto, training=_training(args), caffe=args.caffe,
-            calibration=_calibration(args), tell=tell,
+            calibration=_calibration(args),
+            sensitivity=args.sensitivity, tell=tell,
         )  # fmt: skip
     default = re.sub(r"[^\w.+-]", "_", result.original.name)[:60] + "_rebirth"
     out = default if args.out is None else args.out
@@ -147,7 +154,7 @@ def main() -> None:
 @contextmanager
 def _progress(args: argparse.Namespace) -> Iterator[Tell]:
     """A bar, where there is something to wait for."""
-    if args.init != "lsq":
+    if args.init != "lsq" and not args.sensitivity:
         yield lambda done, total: None
         return
     from rebirth_caffe.evaluate import show_progress

@@ -28,7 +28,7 @@ Doubles = NDArray[np.float64]
 Weights = tuple[Doubles, Doubles]  # outputs x inputs, outputs
 
 RIDGES = (10.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6)
-TOLERANCE = 1.05
+TOLERANCE = 1.02
 TURNS, FEWER = 15, 4  # of z and W: for the weights, and for comparing ridges
 CHUNK = 4096  # rows
 
@@ -148,20 +148,6 @@ def fit(x: Floats, y: Floats, held: NDArray[np.bool_], relu: bool, start: Double
     good = TOLERANCE * min(wrong for wrong, *_ in tried)
     wrong, ridge, at = next(one for one in tried if one[0] <= good)
     return Solution(*_Regression(x).fit(y, relu, ridge, start, at), ridge, wrong)
-
-
-def matched(x: Floats, y: Floats, weights: Weights, relu: bool) -> Weights:
-    """Weights whose outputs have the targets' means: by a factor on weight and bias, which passes a ReLU.
-
-    Without a ReLU it is the bias that moves. An output or a target that is never positive is left alone.
-    """
-    sums = [outputs(x[s], weights, relu).sum(axis=0, dtype=np.float64) for s in _chunks(len(x))]
-    mine = np.sum(sums, axis=0) / len(x)
-    wanted = y.mean(axis=0, dtype=np.float64)
-    if not relu:
-        return weights[0], weights[1] + wanted - mine
-    factor = np.divide(wanted, mine, out=np.ones_like(wanted), where=(mine > 0) & (wanted > 0))
-    return weights[0] * factor[:, None], weights[1] * factor
 
 
 def directions(covariance: Doubles, need: Doubles, count: int, relu: bool) -> Doubles:

@@ -22,6 +22,8 @@ from itertools import chain, count
 from ..merge import Merge, Refusal
 from ..net import Layer
 
+KERNELS = ("keep", "cover", "auto")
+
 
 @dataclass(frozen=True)
 class Options:

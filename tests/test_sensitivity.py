@@ -1,0 +1,48 @@
+"""What every merge saves and loses by itself, measured in real Caffe."""
+
+import json
+
+from rebirth_caffe import plan as plans
+from rebirth_caffe import sensitivity as module
+from rebirth_caffe.net import Net
+from rebirth_caffe.rebirth import rebirth
+from rebirth_caffe.report import show
+from rebirth_caffe.sensitivity import Sensitivity, variants
+from rebirth_caffe.solver import TrainData
+from rebirth_caffe.stages import Training
+from tests import tiny
+from tests.test_fit import inception
+
+
+def test_every_geometry_once():
+    """A pool gives a merge up to three kernels, reducers several shares."""
+    found = [(merge.id, kernel, reduce) for merge, _, kernel, reduce in variants(inception())]
+    assert len(found) == len(set(found))
+    assert {kernel for id_, kernel, _ in found if id_ == "a"} == {"keep", "cover", "auto"}
+    assert {reduce for id_, _, reduce in found if id_ != "a"} == {1.0, 0.5}  # a quarter of 16 is 8 again
+    for merge, plan, *_ in variants(inception()):
+        assert [m for m in plan.active if not m.exact] == [merge]
+        plans.apply(inception(), plan)
+
+
+def test_merges_are_measured_alone_and_kept_as_data(tmp_path_factory, caffe, tmp_path, monkeypatch, capsys):
+    trained = tiny.trained(tmp_path_factory, caffe)
+    monkeypatch.setattr(module, "RUNS", 2)
+    data = TrainData(str(trained / "train.lmdb"), str(trained / "test.lmdb"))
+    result = rebirth(
+        trained / "train_val.prototxt",
+        trained / "original.caffemodel",
+        training=Training(data, iterations=6),
+        sensitivity=True,
+    )
+    result.write(tmp_path / "out")
+    rows = json.loads((tmp_path / "out/sensitivity.json").read_text())
+    assert {row["merge"] for row in rows} == {"conv1", "conv2"}
+    assert all(0 < row["error"] < 1 and row["after_ms"] > 0 and 0.1 < row["top1"] <= 1 for row in rows)
+    assert Sensitivity(**rows[0]) == result.sensitivity[0]
+    prices = [(one.error or 0) / one.saved_ms for one in result.sensitivity if one.saved_ms > 0]
+    assert prices == sorted(prices)  # the best bargain first
+    assert not any(one.saved_ms > 0 for one in result.sensitivity[len(prices) :])
+    show(result)
+    assert "merged alone" in capsys.readouterr().out
+    assert Net.load(tmp_path / "out/deploy.prototxt").layers
