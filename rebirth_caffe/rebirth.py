@@ -36,14 +36,8 @@ if TYPE_CHECKING:
     from .sensitivity import Sensitivity
     from .verify import Verified
 
-FILES = (
-    "deploy.prototxt",
-    "train_val.prototxt",
-    "weights.caffemodel",
-    "plan.yaml",
-    "report.json",
-    "sensitivity.json",
-)
+FILES = ("deploy.prototxt", "train_val.prototxt", "weights.caffemodel", "plan.yaml", "report.json")
+SENSITIVITY = "sensitivity.json"  # where it was asked for
 
 
 @dataclass
@@ -96,7 +90,7 @@ class Result:
                 for m in self.merges
             ],
             "refused": [{"layers": list(r.layers), "reason": r.reason} for r in self.refused],
-            "fitted": [asdict(fitted) for fitted in self.fitted],
+            **({"fitted": [asdict(fitted) for fitted in self.fitted]} if self.fitted else {}),
             **({} if self.verified is None else {"verified": asdict(self.verified)}),
         }
 
@@ -186,7 +180,6 @@ class Result:
         absent = {
             "deploy.prototxt": self.deployed is None,
             "train_val.prototxt": not is_trainable(self.net),
-            "sensitivity.json": not self.sensitivity,
             "weights.caffemodel": not any(layer.blobs for layer in self.net.layers),
         }
         return [name for name in FILES if not absent.get(name, False)]
@@ -204,10 +197,10 @@ class Result:
         (folder / "report.json").write_text(json.dumps(self.report(), indent=2) + "\n", "utf-8")
         if self.sensitivity:
             rows = [asdict(one) for one in self.sensitivity]
-            (folder / "sensitivity.json").write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
+            (folder / SENSITIVITY).write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
         if self.training is not None:
             write_stages(folder, self.original, self.plan, self.training, self.start)
-        return [name for name in (*FILES, *FOLDERS) if (folder / name).exists()]
+        return [name for name in (*FILES, SENSITIVITY, *FOLDERS) if (folder / name).exists()]
 
 
 def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
@@ -219,7 +212,7 @@ def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
     before = work / "before"
     before.mkdir()
     with ExitStack() as undo:
-        for name in (*FILES, *FOLDERS) if ours else names:
+        for name in (*FILES, SENSITIVITY, *FOLDERS) if ours else names:
             if os.path.lexists(out / name):
                 undo.callback(_put_back, before / name, out / name)
                 (out / name).replace(before / name)
