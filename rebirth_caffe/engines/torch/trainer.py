@@ -144,7 +144,7 @@ class TorchTrainer:
             return module
         devices = [self.device] if self.device.type == "cuda" else None
         # Statistics of batches are each process's own; the first one's are kept, as in Caffe.
-        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=devices)
 
     def _gradients(
         self,
