@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from rebirth_caffe.engines.caffe import CaffeEngine
+from rebirth_caffe.engines.torch import TorchEngine
 from rebirth_caffe.errors import EngineError
 from rebirth_caffe.net import TEST, TRAIN, Net
 from tests.conftest import torch_or_skip
@@ -332,3 +334,25 @@ def test_an_unknown_layer_is_named():
     one = net(layer("odd", "MVN", "data"))
     with pytest.raises(EngineError, match=r"layer 'odd': the torch engine has no MVN layer; known are Ab"):
         TorchNet(one.graph.view(TEST))
+
+
+def test_a_session_gives_what_caffe_gives_in_less_memory(caffe, tmp_path):
+    """The engine behind evaluate.py, benchmark.py and --distil."""
+    one = small("fashion_googlenet", "deploy")
+    one.write(tmp_path / "net.prototxt")
+    one.write_weights(tmp_path / "net.caffemodel")
+    found = []
+    for engine in (CaffeEngine(caffe), TorchEngine()):
+        with engine.open(tmp_path / "net.prototxt", tmp_path / "net.caffemodel", batch=8) as session:
+            values = session.forward(outputs=["conv2/3x3", "prob"])
+            assert session.blobs()["prob"] == (8, 10)
+            assert {name for name, _, _ in session.time_layers()} >= {"conv1/5x5", "prob"}
+            assert session.time_forward() > 0
+            with pytest.raises(EngineError, match="no blob named gone"):
+                session.forward(outputs=["gone"])
+            found.append((values, session.memory()))
+    (wanted, before), (values, after) = found
+    for name, value in wanted.items():
+        np.testing.assert_allclose(values[name], value, rtol=1e-4, atol=1e-4 * np.abs(value).max())
+    assert after["weights_bytes"] == before["weights_bytes"]
+    assert after["activation_bytes"] < before["activation_bytes"]

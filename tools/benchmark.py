@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times nets against each other in Caffe and in OpenCV."""
+"""Times nets against each other in Caffe, OpenCV and PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rebirth_caffe.measure import Report
 
-TITLES = {"caffe": "Caffe", "opencv": "OpenCV"}
+TITLES = {"caffe": "Caffe", "opencv": "OpenCV", "torch": "PyTorch"}
 WORTH_A_ROW = 0.01  # of the whole forward's time
 
 
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
         help="weights: once for each net, in the same order; - for none",
     )
     parser.add_argument(
-        "--engine", default="caffe,opencv", help="one or more of caffe,opencv (default: both)"
+        "--engine", default="caffe,opencv", help="one or more of caffe,opencv,torch (default: caffe,opencv)"
     )
     parser.add_argument(
         "--caffe", metavar="PATH", help="a Caffe's directory or command (default: looked for)"
