@@ -96,7 +96,8 @@ def v0(seed: int = 0) -> bytes:
 
 def hdf5(path: Path, seed: int = 0) -> None:
     """What Caffe writes as HDF5, in another order than the net's."""
-    h5py = pytest.importorskip("h5py")
+    import h5py
+
     with h5py.File(path, "w") as file:
         for name, blobs in reversed(values(seed).items()):
             group = file.create_group(f"data/{name}")
@@ -331,7 +332,6 @@ def test_hdf5_storage(files, tmp_path):
 
 def test_caffe_loads_our_hdf5_and_we_read_caffes(files, in_caffe, tmp_path):
     ours, caffes, dump = tmp_path / "ours.caffemodel.h5", tmp_path / "caffes.h5", tmp_path / "dump.npz"
-    pytest.importorskip("h5py")
     caffemodel.write_hdf5(ours, read(files["current"]).records)
     code = SAVE.replace("net.save(weights)", "net.load_hdf5(ours); net.save_hdf5(weights)") + DUMP
     given = {"prototxt": str(files["net"]), "ours": str(ours), "weights": str(caffes), "out": str(dump)}
@@ -342,7 +342,6 @@ def test_caffe_loads_our_hdf5_and_we_read_caffes(files, in_caffe, tmp_path):
 
 def test_caffe_loads_old_blobs_as_hdf5(in_caffe, tmp_path):
     """In HDF5 it wants today's shapes."""
-    pytest.importorskip("h5py")
     (tmp_path / "v0").write_bytes(v0())
     records = [record for record in read(tmp_path / "v0").records if record.name in ("conv", "fc")]
     caffemodel.write_hdf5(tmp_path / "w.h5", records)
@@ -355,7 +354,8 @@ def test_caffe_loads_old_blobs_as_hdf5(in_caffe, tmp_path):
 
 def test_a_layer_with_a_slash_is_read_and_not_written(tmp_path):
     """Caffe would take the part before the slash for the layer's name."""
-    h5py = pytest.importorskip("h5py")
+    import h5py
+
     with h5py.File(tmp_path / "in.h5", "w") as file:
         file["data/conv1/7x7_s2/0"] = np.ones(3, "f4")
         file["data/conv1/7x7_s2/1"] = np.ones(2, "f8")
@@ -367,7 +367,8 @@ def test_a_layer_with_a_slash_is_read_and_not_written(tmp_path):
 
 
 def test_hdf5_that_is_no_caffemodel(tmp_path):
-    h5py = pytest.importorskip("h5py")
+    import h5py
+
     path = tmp_path / "w.h5"
 
     def refused(*fill: tuple[str, object]) -> str:

@@ -446,7 +446,7 @@ BAD_NETS = {
         r":\d+: expected a field name, found '}'; a brace or quote",
     ),
     "a template": (changed("num_output: 32", "num_output: ${N}"), r":18: '\$' .* template with placeholders"),
-    "V1": ('layers { name: "x" type: RELU }\n', ":1: 'layers' is the format of 2013; upgrade the file with "),
+    "V1": ('layers { name: "x" type: RELU }\n', ":1: layer 'x': ReLU has 0 bottoms, too few"),
     "a missing bottom": (
         changed('bottom: "pool1/norm1"', 'bottom: "pool1/typo"'),
         r":53: layer 'conv2/3x3_reduce': bottom 'pool1/typo' is the top of no layer .*; correct the name",
@@ -531,7 +531,7 @@ def test_weights_cut_short(kept, tmp_path, made):
         (b"\xff" * 1000, "no number at byte 10; not a caffemodel, or damaged: copy or download it again"),
         (bytes(1000), "no field at byte 1; not a caffemodel, or damaged: copy or download it again"),
         (b"PK\x03\x04" + b"\xaa" * 100, ""),
-        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5 weights; convert them to a binary .caffemodel"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(100), "HDF5 that cannot be read: "),
         (DEPLOY.read_bytes(), "is text, not a caffemodel; the prototxt, or a download that failed?"),
         (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "is text, not a caffemodel; "),
         (b"version https://example.org/spec/v1\nsize 53533754\n", "is text, not a caffemodel; "),
@@ -570,9 +570,12 @@ MERGE = "- {id: a, kind: streamline, absorbs: [conv1/5x5], becomes: []}\n"
         ("version: 1\nmerges: [\n", "not YAML: "),
         ("version: 3\nmerges: []\n", "version is 3; this tool reads version 1"),
         ("version: 2001-99-99\n", "not YAML: month must be in 1..12"),
-        ("version: !!bool maybe\n", "not YAML: 'maybe'"),
-        ("version: !!int ''\n", "not YAML: "),
-        ("version: !!python/object/apply:os.system [ls]\n", "not YAML: could not determine a constructor"),
+        ("version: !!bool maybe\n", "the tag tag:yaml.org,2002:bool has no place in a plan; remove it"),
+        ("version: !!int ''\n", "the tag tag:yaml.org,2002:int has no place in a plan"),
+        (
+            "version: !!python/object/apply:os.system [ls]\n",
+            "the tag tag:yaml.org,2002:python/object/apply:os.system has no place in a plan",
+        ),
         ("[" * 100_000, "lists or mappings more than 20 deep; not a plan"),
         (
             PLAN.replace("merges", "mergez"),

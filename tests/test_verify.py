@@ -53,7 +53,6 @@ def test_what_is_not_is_refused(gone, caffe):
 
 
 def test_without_caffe_in_opencv(monkeypatch):
-    pytest.importorskip("cv2")
     monkeypatch.setattr(verification, "available_engines", lambda: ["opencv"])
     original = with_weights(net(*BODY))
     assert verify(original, exact(original)).engine.startswith("opencv ")
