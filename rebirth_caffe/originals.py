@@ -24,13 +24,16 @@ def begin(
     test_data: str | None = None,
     iterations: int | None = None,
     seed: int = 1,
+    weights: Path | None = None,
+    solver: Path | None = None,
 ) -> int:
-    """Make the directory ``out`` in which ``retrain`` trains the net of ``folder`` from its fillers.
+    """Make the directory ``out`` in which ``retrain`` trains the net of ``folder``.
 
-    A directory that is there is left as it is: its run goes on. Returns the iterations to train. Raises
-    RebirthError where the net reads no database, or one that is not there.
+    It starts from ``weights`` or from the fillers, and follows ``solver`` or the folder's own. A directory
+    that is there is left as it is: its run goes on. Returns the iterations to train. Raises RebirthError
+    where the net reads no database, or one that is not there.
     """
-    solver = folder / "solver.prototxt"
+    solver = solver or folder / "solver.prototxt"
     param = caffe_pb2.SolverParameter()
     prototxt.to_message(prototxt.parse(prototxt.read_text(solver), solver), param, solver)
     total = iterations or param.max_iter
@@ -38,7 +41,7 @@ def begin(
         if not (out / "original").is_dir():
             raise RebirthError(f"{out}: exists and is no training directory; give another --out")
         return total
-    net = Net.load(folder / "train_val.prototxt")
+    net = Net.load(folder / "train_val.prototxt", weights)
     sources = [data_layer(net, phase) for phase in (TRAIN, TEST)]
     if sources[0] is None or sources[1] is None:
         raise RebirthError(f"{net.path}: has no Data layers; training from nothing needs them")

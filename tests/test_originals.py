@@ -35,6 +35,21 @@ def test_the_directory_starts_from_the_fillers(folder, monkeypatch):
     assert str(folder / "train.lmdb") in net.text()
 
 
+def test_or_from_weights_by_another_solver(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    begin(folder, folder / "a")
+    first = folder / "a/original/weights.caffemodel"
+    (folder / "on.prototxt").write_text(tiny.WHOLE.replace("max_iter: 150", "max_iter: 30"))
+    assert begin(folder, folder / "b", seed=2, weights=first, solver=folder / "on.prototxt") == 30
+    assert "max_iter: 30" in (folder / "b/original/solver.prototxt").read_text()
+    made, wanted = (
+        Net.load(folder / "train_val.prototxt", path)
+        for path in (folder / "b/original/weights.caffemodel", first)
+    )
+    for name in ("conv1", "conv2", "fc"):
+        assert (made.layer(name).blobs[0].array == wanted.layer(name).blobs[0].array).all()
+
+
 def test_a_directory_of_a_run_is_left_alone_and_another_is_refused(folder, monkeypatch):
     monkeypatch.chdir(folder)
     begin(folder, folder / "a")

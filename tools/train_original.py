@@ -24,6 +24,8 @@ def parse_args() -> argparse.Namespace:
     )
     p.add_argument("--train-data", metavar="LMDB", help="images to train on (default: as in train_val)")
     p.add_argument("--test-data", metavar="LMDB", help="images to test on (default: as in train_val)")
+    p.add_argument("--weights", metavar="W", type=Path, help="go on from these (default: from the fillers)")
+    p.add_argument("--solver", metavar="S", type=Path, help="default: the folder's solver.prototxt")
     p.add_argument("--out", metavar="DIR", type=Path, help="where to work (default: <name>_original/)")
     engine_options(p)
     p.add_argument("--iterations", metavar="N", type=cli.positive, help="default: the solver's max_iter")
@@ -43,7 +45,8 @@ def main() -> None:
     with trainer_for(args) as trainer:
         if trainer is None:
             return
-        iterations = begin(args.net, out, args.train_data, args.test_data, args.iterations, args.seed)
+        data = args.train_data, args.test_data
+        iterations = begin(args.net, out, *data, args.iterations, args.seed, args.weights, args.solver)
         engine = {name: getattr(args, name) for name in ("threads", "engine", "device", "amp")}
         options = Options(1, iterations, segment=args.segment, **engine)
         with Screen() as screen:
