@@ -126,7 +126,11 @@ class TestInstalled:
             start = ["bin/python", "-c", "import caffe; caffe.Net('net.prototxt', caffe.TEST).forward()"]
         else:
             start = ["bin/caffe", "time", "-model", "net.prototxt", "-iterations", "1"]
-        done = run(caffe_dir / start[0], *start[1:], cwd=tmp_path, PYTHONPATH="modules")
+        (tmp_path / "venv/bin").mkdir(parents=True)  # as an activated virtual environment
+        (tmp_path / "venv/pyvenv.cfg").write_text("include-system-site-packages = false\n")
+        (tmp_path / "venv/bin/python3").symlink_to(sys.executable)
+        path = f"{tmp_path / 'venv/bin'}:{os.environ['PATH']}"
+        done = run(caffe_dir / start[0], *start[1:], cwd=tmp_path, PYTHONPATH="modules", PATH=path)
         assert done.returncode == 0, done.stderr
         assert f"host {sys.prefix} None modules" in done.stdout
         assert "own again" in done.stdout

@@ -83,6 +83,9 @@ lib=\$root/usr/lib/$triplet
 # The host's Python settings belong to the host's Python; sitecustomize.py gives PYTHONPATH back.
 if [ -n "\${PYTHONPATH-}" ]; then export REBIRTH_HOST_PYTHONPATH="\$PYTHONPATH"; fi
 unset PYTHONPATH PYTHONHOME LD_PRELOAD
+# The Python inside the caffe command takes the first python3 on PATH for itself: that of an activated virtual
+# environment would hide pycaffe. sitecustomize.py gives PATH back, too.
+export REBIRTH_HOST_PATH="\$PATH" PATH="\$root/usr/bin:\$PATH"
 ${embedded}exec "\$root/lib/$triplet/${loader##*/}" --inhibit-cache \\
     --library-path "\$lib/openblas-pthread:\$root/lib/$triplet:\$lib:\$root/usr/lib" \\
     "\$root/usr/bin/$program"${*:+ $*} "\$@"
@@ -101,6 +104,8 @@ import sys
 
 for _name in ("PYTHONHOME", "PYTHONNOUSERSITE"):
     os.environ.pop(_name, None)
+if "REBIRTH_HOST_PATH" in os.environ:
+    os.environ["PATH"] = os.environ.pop("REBIRTH_HOST_PATH")
 _path = os.environ.pop("REBIRTH_HOST_PYTHONPATH", "")
 if _path:
     os.environ["PYTHONPATH"] = _path
