@@ -208,18 +208,27 @@ def write(folder: Path, original: Net, plan: Plan, training: Training, start: St
         teacher = distil.Teacher(plans.apply(original, plan.only(())))
         original.edited(teacher.frozen()).write_weights(first / "teacher.caffemodel")
     bare = original.without_weights()
+    steps = plan.steps(schedule)
     made: list[Merge] = []
-    for number, step in enumerate(plan.steps(schedule), 1):
+    nets: list[Net] = []
+    compared: list[list[str]] = []  # what each of them has in common with the original
+    for step in steps:
+        made += step.merges
+        nets.append(plans.apply(bare, plan.only(made)))
+        compared.append(distil.blobs(nets[-1], step.again or made) if teacher else [])
+    targets = {}
+    if teacher is not None:
+        assert training.engine is not None
+        wanted = list(dict.fromkeys(blob for blobs in compared for blob in blobs))
+        targets = {target.blob: target for target in teacher.measure(wanted, training.engine)}
+    for number, (step, net, blobs) in enumerate(zip(steps, nets, compared, strict=True), 1):
         place = f"stages/{number:02d}-{step.name.replace('/', '_')}"
         (folder / place).mkdir(parents=True)
-        made += step.merges
-        net = plans.apply(bare, plan.only(made))
         if teacher is None:
             learner = with_rates(net, step.new, start.rate)
         else:
-            assert training.engine is not None
-            targets = teacher.measure(distil.blobs(net, step.again or made), training.engine)
-            learner = distil.side_by_side(net, teacher, targets, training.distil, 0.5)
+            known = [targets[blob] for blob in blobs if blob in targets]
+            learner = distil.side_by_side(net, teacher, known, training.distil, 0.5)
         learner.write(folder / place / "train_val.prototxt")
         solved = Schedule(
             training.iterations,
