@@ -119,8 +119,8 @@ class TorchNet(nn.Module):
                 tensors.append(self._shared[spec.name])
                 continue
             values = torch.from_numpy(blob.reshaped(shape).copy())
-            if values.dim() == 4:
-                values = values.contiguous(memory_format=torch.channels_last)
+            if values.dim() == 4:  # with the strides that its gradient will have, also for a 1x1 kernel
+                values = torch.empty(shape, memory_format=torch.channels_last).copy_(values)
             lr_mult = 0.0 if layer.type == "BatchNorm" else spec.lr_mult
             tensor = nn.Parameter(values, requires_grad=learning and lr_mult != 0)
             self.weights.append(tensor)
