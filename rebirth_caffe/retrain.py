@@ -72,8 +72,8 @@ class Options:
     below the original (None: every step is kept), ``segment`` in iterations. ``schedule``: see Plan.steps.
     ``engine``, ``device``, ``amp``: what trains, where, and "bf16" or "" for float32.
     ``distil``: learn from the original, with the labels or from the images alone (one of distil.SOURCES);
-    "": from the labels only. ``test_interval``: test on the way, too, at the ends of segments that are
-    multiples of so many iterations of their step (0: only at its end).
+    "": from the labels only. ``test_interval``: test on the way, too, before the first segment of a step and
+    at the ends of those that are multiples of so many iterations of it (0: only at its end).
     """
 
     iterations: int = 90_000
@@ -422,8 +422,7 @@ class _Run:
         elif at < step.iterations:
             files.remove_snapshots(but=(weights, *(last or ())))
         while at < step.iterations:
-            if last is not None:
-                self._on_the_way(step, attempt, rate, at, reborn, last)
+            self._on_the_way(step, attempt, rate, at, reborn, weights if last is None else last.weights)
             stop = step.iterations if whole else min(at + self.options.segment, step.iterations)
             schedule = Schedule(
                 iterations=step.iterations,
@@ -477,15 +476,13 @@ class _Run:
             at, last = stop, made
         return weights if last is None else last.weights
 
-    def _on_the_way(
-        self, step: Step, attempt: int, rate: float, at: int, reborn: Net, last: Snapshot
-    ) -> None:
+    def _on_the_way(self, step: Step, attempt: int, rate: float, at: int, reborn: Net, weights: str) -> None:
         """Test what a step has come to by iteration ``at``, where that was asked for, once."""
         place = {"step": step.folder, "attempt": attempt, "rate": rate, "iteration": at}
         interval = self.options.test_interval
         if not interval or at % interval or self.journal.find("curve", **place) is not None:
             return
-        accuracy = self._test(reborn.with_weights(self.home / last.weights), f"{step.stage} at {at:,}")
+        accuracy = self._test(reborn.with_weights(self.home / weights), f"{step.stage} at {at:,}")
         self.tell("curve", self.journal.add("curve", **place, **dataclasses.asdict(accuracy)))
 
     def _skip(self, net: Net, iteration: int) -> int:

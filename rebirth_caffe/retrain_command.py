@@ -39,8 +39,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--segment", metavar="N", type=cli.positive, default=1000,
                    help="iterations between snapshots (default: 1000)")  # fmt: skip
     p.add_argument("--test-interval", metavar="N", type=cli.whole, default=0,
-                   help="test on the way, too, where a segment ends at a multiple of N iterations "
-                   "(default: only where a step ends)")  # fmt: skip
+                   help="test on the way, too, where a step begins and where a segment ends at a multiple of "
+                   "N iterations (default: only where a step ends)")  # fmt: skip
     cli.learning(p, *["as the directory was made"] * 2)
     p.add_argument("--stage", metavar="ID", default="", help="stop after this step")
     return p.parse_args()

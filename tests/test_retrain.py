@@ -139,7 +139,7 @@ class TestKilled:
         }
 
     def test_on_the_way_it_tests_and_changes_nothing(self, home, unkilled, caffe):
-        """In the middle of every step; killed right after, it does not test there again."""
+        """At the start and in the middle of every step; killed right after, it does not test there again."""
         options = dataclasses.replace(OPTIONS, test_interval=3)
         heard: list[dict[str, Any]] = []
 
@@ -148,16 +148,17 @@ class TestKilled:
                 heard.append(details)
                 raise KeyboardInterrupt
 
-        for _ in range(3):
+        for _ in range(6):
             with pytest.raises(KeyboardInterrupt):
                 retrain(home, options, CaffeTrainer(caffe), tell)
         retrain(home, options, CaffeTrainer(caffe), tell)
         assert [(e["step"], e["iteration"]) for e in heard] == [
-            *(("01-conv1", 3), ("02-conv2", 3), ("03-fine-tune", 3))
+            (step, at) for step in ("01-conv1", "02-conv2", "03-fine-tune") for at in (0, 3)
         ]
         found = json.loads((home / "final/accuracy.json").read_text())
         assert [e["top1"] for e in found["curve"]] == [e["top1"] for e in heard]
-        assert all(0.1 < e["top1"] <= e["top5"] for e in found["curve"])
+        assert heard[4]["top1"] == found["steps"][1]["top1"]  # nothing was merged in between
+        assert all(0.1 < e["top1"] <= e["top5"] for e in found["curve"] if e["iteration"])
         assert weights_of(home) == weights_of(unkilled)
 
     def test_every_segment_has_learned_from_the_one_before(self, unkilled):

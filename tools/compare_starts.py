@@ -23,15 +23,28 @@ from rebirth_caffe import cli
 if TYPE_CHECKING:
     from rebirth_caffe.engines.training import Trainer
 
-# What a start is: weights of the reborn layers, and what it learns from then ("": labels alone).
+
+@dataclass(frozen=True)
+class Beginning:
+    """Weights of the reborn layers, what is learned from then ("": labels alone), base_lr to choose from."""
+
+    init: str
+    distil: str
+    rates: tuple[float, ...]
+
+
+# Learning from labels alone is by SGD, in which reborn layers learn ten times as fast, but not those that
+# were fitted (calibration.Start.rate); learning from the original is by Adam.
+_SGD, _FITTED, _ADAM = (0.0005, 0.001, 0.002, 0.004), (0.0005, 0.001, 0.002, 0.005), (0.001, 0.002, 0.004)
 STARTS = {
-    "xavier": ("xavier", ""),
-    "inherit": ("inherit", ""),
-    "distil-images": ("inherit", "images"),
-    "distil-labels": ("inherit", "labels"),
+    "xavier": Beginning("xavier", "", _SGD),
+    "inherit": Beginning("inherit", "", _SGD),
+    "lsq": Beginning("lsq", "", _FITTED),
+    "distil-images": Beginning("inherit", "images", _ADAM),
+    "distil-labels": Beginning("inherit", "labels", _ADAM),
+    "lsq-distil-images": Beginning("lsq", "images", _ADAM),
+    "lsq-distil-labels": Beginning("lsq", "labels", _ADAM),
 }
-# base_lr to choose from: SGD for labels alone (reborn layers ten times that), Adam for the others.
-RATES = {"": (0.0005, 0.001, 0.002, 0.004), "images": (0.001, 0.002, 0.004), "labels": (0.001, 0.002, 0.004)}
 SOLVERS = {
     True: 'type: "Adam"\nmomentum: 0.9\nmomentum2: 0.999\n',
     False: "momentum: 0.9\nweight_decay: 0.0005\n",
@@ -64,8 +77,14 @@ def parse_args() -> argparse.Namespace:
     )
     p.add_argument("--iterations", type=_wholes, default=(1000, 3000, 10000), help="lengths to compare")
     p.add_argument("--choose-at", type=cli.positive, default=1000, help="length the rate is chosen for")
+    p.add_argument(
+        "--rates", type=_rates, help="base_lr to choose from; one alone is taken (default: each start's own)"
+    )
     p.add_argument("--seeds", type=_wholes, default=(1, 2, 3), help="default: 1,2,3")
     p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="auto", help="default: auto")
+    p.add_argument(
+        "--images", type=cli.positive, default=1024, help="of --fit, to calibrate lsq on (default: 1024)"
+    )
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
     engine_options(p)
     p.add_argument("--work", metavar="DIR", type=Path, default=Path("starts"), help="default: starts/")
@@ -80,6 +99,16 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        rates = ()
+    if not rates or not all(0 < rate < float("inf") for rate in rates):
+        raise argparse.ArgumentTypeError(f"'{text}' is not rates above 0, like 0.001,0.002")
+    return rates
+
+
 def _wholes(text: str) -> tuple[int, ...]:
     return tuple(cli.positive(word) for word in text.split(","))
 
@@ -87,16 +116,16 @@ def _wholes(text: str) -> tuple[int, ...]:
 def main() -> None:
     args = parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    choosing = [
-        Job(start, args.choose_at, args.seeds[0], rate, True)
-        for start in args.starts
-        for rate in RATES[STARTS[start][1]]
-    ]
-    known = run(choosing, args)
-    rates: dict[str, float] = {}
-    for start in args.starts:
-        mine = [job for job in choosing if job.start == start]
-        rates[start] = max(mine, key=lambda job: known[job]["final"]["top1"]).rate
+    offered = {start: args.rates or STARTS[start].rates for start in args.starts}
+    choosing = {
+        start: [Job(start, args.choose_at, args.seeds[0], rate, True) for rate in rates]
+        for start, rates in offered.items()
+        if len(rates) > 1
+    }
+    known = run([job for jobs in choosing.values() for job in jobs], args)
+    rates = {start: offered[start][0] for start in args.starts}
+    for start, jobs in choosing.items():
+        rates[start] = max(jobs, key=lambda job: known[job]["final"]["top1"]).rate
         print(f"{start}: base_lr {rates[start]:g}", flush=True)
     run(
         [
@@ -140,25 +169,43 @@ def one(job: Job, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]:
+    from rebirth_caffe.calibration import Calibration
     from rebirth_caffe.rebirth import rebirth
     from rebirth_caffe.retrain import Options, retrain
     from rebirth_caffe.solver import TrainData
     from rebirth_caffe.stages import Training
 
-    init, distil = STARTS[job.start]
+    begin = STARTS[job.start]
     part = "val" if job.held_out else "test"
     home = args.work / f"{job.start}-{job.iterations}-{job.seed}-{job.rate:g}-{part}"
     if not home.exists():
-        solver = home.with_suffix(".solver")
-        solver.write_text(f"base_lr: {job.rate:g}\n{ENDS}{SOLVERS[bool(distil)]}", "utf-8")
+        solver = Path(f"{home}.solver")
+        solver.write_text(f"base_lr: {job.rate:g}\n{ENDS}{SOLVERS[bool(begin.distil)]}", "utf-8")
         data = TrainData(args.fit, args.val) if job.held_out else TrainData(args.train, args.test)
         weights = args.weights or args.net / f"{args.net.name}.caffemodel"
-        training = Training(data, solver, job.iterations, "joint", distil, trainer.engine)
-        net = args.net / "train_val.prototxt"
-        rebirth(net, weights, kernel=args.kernel, init=init, seed=job.seed, training=training).write(home)
+        training = Training(data, solver, job.iterations, "joint", begin.distil, trainer.engine)
+        made = rebirth(
+            args.net / "train_val.prototxt",
+            weights,
+            kernel=args.kernel,
+            init=begin.init,
+            seed=job.seed,
+            training=training,
+            caffe=args.caffe,
+            calibration=Calibration(args.fit, args.images) if begin.init == "lsq" else None,
+        )
+        made.write(home)
     segment = max(100, job.iterations // 20)
     options = Options(
-        job.iterations, segment=segment, schedule="joint", distil=distil, test_interval=2 * segment
+        job.iterations,
+        segment=segment,
+        schedule="joint",
+        distil=begin.distil,
+        test_interval=2 * segment,
+        engine=args.engine,
+        device=args.device,
+        amp=args.amp,
+        threads=args.threads,
     )
     outcome = retrain(home, options, trainer)
     assert outcome is not None

@@ -1,0 +1,75 @@
+"""tools/compare_starts.py: every start of a tiny net, under both engines."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+
+TOOL = tiny.ROOT / "tools/compare_starts.py"
+
+
+@pytest.fixture(scope="module")
+def tiny_net(tmp_path_factory, caffe):
+    """A folder as prototxts/ has them: the trained tiny net and, beside it, its databases."""
+    made = tiny.trained(tmp_path_factory, caffe)
+    folder = tmp_path_factory.mktemp("starts") / "tiny"
+    folder.mkdir()
+    shutil.copy(made / "train_val.prototxt", folder)
+    shutil.copy(made / "original.caffemodel", folder / "tiny.caffemodel")
+    return folder, made / "train.lmdb", made / "test.lmdb"
+
+
+def compare(tiny_net, tmp_path, *more):
+    """Run it; the lines it wrote and what it said."""
+    folder, train, test = tiny_net
+    out = tmp_path / "starts.jsonl"
+    command: list[str | Path] = [sys.executable, TOOL, folder]
+    for name, data in (("train", train), ("test", test), ("fit", train), ("val", test)):
+        command += [f"--{name}", data]
+    command += ["--choose-at", "2", "--iterations", "3", "--seeds", "1", "--images", "40"]
+    command += ["--work", tmp_path / "work", "--out", out, *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()], done.stdout
+
+
+def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
+    options = ("--starts", "inherit,lsq-distil-images", "--rates", "0.001,0.01")
+    lines, said = compare(tiny_net, tmp_path, *options)
+    assert len(lines) == 6
+    for start in ("inherit", "lsq-distil-images"):
+        mine = [line for line in lines if line["job"]["start"] == start]
+        chosen, (tested,) = ([x for x in mine if x["job"]["held_out"] is held] for held in (True, False))
+        assert {x["job"]["rate"] for x in chosen} == {0.001, 0.01}
+        best = max(chosen, key=lambda x: x["final"]["top1"])
+        assert tested["job"] == {**best["job"], "iterations": 3, "held_out": False}
+        assert f"{start}: base_lr {tested['job']['rate']:g}\n" in said
+        assert [point["iteration"] for point in tested["curve"]] == [0]
+        assert tested["final"]["macs"] < tested["original"]["macs"]
+    again, _ = compare(tiny_net, tmp_path, *options)
+    assert again == lines  # nothing is done twice
+
+
+def test_lsq_on_torch_is_fitted_to_images_it_learns_from(tiny_net, tmp_path):
+    pytest.importorskip("torch")
+    (line,), _ = compare(tiny_net, tmp_path, "--starts", "lsq", "--rates", "0.001", "--engine", "torch")
+    (home,) = (tmp_path / "work").glob("lsq-3-*-test")
+    settings = json.loads((home / "original/settings.json").read_text())
+    assert (settings["init"], settings["distil"], settings["images"]) == ("lsq", "", 40)
+    assert settings["calibration"] == str(tiny_net[1].resolve())
+    assert tiny.journal(home)[0]["options"]["engine"] == "torch"
+    assert "lr_mult: 10" not in (home / "stages/01-joint/train_val.prototxt").read_text()
+    assert line["curve"][0]["top1"] > 0.2  # of ten classes, before it has learned anything
+
+
+def test_an_unknown_start_is_refused(tmp_path):
+    done = subprocess.run(
+        [sys.executable, TOOL, tmp_path, "--starts", "lsq,best"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "'best' is none of xavier, inherit, lsq" in done.stderr
