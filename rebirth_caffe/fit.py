@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from . import params
 from . import plan as plans
-from .caffemodel import Array, Blob, Record
+from .caffemodel import Array
 from .calibration import Calibration, Fitted, Start, Tell
 from .derive import deploy
 from .engines import Engine
@@ -129,7 +129,7 @@ class _Fit:
         made: dict[str, list[Array]] = {}
         found: list[Fitted] = []
         for number, (merge, specs) in enumerate(levels):
-            level = _Level(old, _Side(_with(student, made)), merge)
+            level = _Level(old, _Side(student.with_blobs(made)), merge)
             targets = {spec.name: level.target(spec) for spec in specs}
             wanted = {name: target for name, target in targets.items() if isinstance(target, _Target)}
             rows = self._rows(level, wanted, number, len(levels)) if wanted else {}
@@ -139,7 +139,7 @@ class _Fit:
                 else:
                     fitted = Fitted(merge.id, name, note=target)
                 found.append(fitted)
-        return _with(after, made), found
+        return after.with_blobs(made), found
 
     def _rows(
         self, level: _Level, targets: Mapping[str, _Target], number: int, of: int
@@ -356,16 +356,3 @@ def patches(x: Floats, conv: params.Conv, places: Places) -> Floats:
     windows = np.lib.stride_tricks.sliding_window_view(padded, conv.extent, axis=(2, 3))
     found = windows[image, :, row * conv.stride[0], column * conv.stride[1]]
     return found[..., :: conv.dilation[0], :: conv.dilation[1]].reshape(len(image), -1)
-
-
-def _with(net: Net, weights: Mapping[str, list[Array]]) -> Net:
-    """The net with other blobs in these layers."""
-
-    def swap(layer: Layer) -> list[Layer]:
-        if layer.name not in weights:
-            return [layer]
-        changed = Layer(layer.text, layer.tree, path=layer.path, line=layer.line, offset=layer.offset)
-        changed.record = Record(layer.name, layer.type, [Blob(array) for array in weights[layer.name]])
-        return [changed]
-
-    return net.replace(swap)

@@ -8,7 +8,7 @@ file is meant for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, product
@@ -19,7 +19,7 @@ import numpy as np
 from google.protobuf.message import Message as ProtoMessage
 
 from . import caffemodel, prototxt
-from .caffemodel import Blob, Record
+from .caffemodel import Array, Blob, Record
 from .errors import NetError, WeightsError
 from .prototxt import Field, Message
 from .schema import caffe_pb2
@@ -528,6 +528,18 @@ class Net:
         check_weights(net, path)
         _check_finite(net, path)
         return net
+
+    def with_blobs(self, blobs: Mapping[str, Sequence[Array]]) -> Net:
+        """This net with other weights in the layers named."""
+
+        def swap(layer: Layer) -> list[Layer]:
+            if layer.name not in blobs:
+                return [layer]
+            changed = Layer(layer.text, layer.tree, path=layer.path, line=layer.line, offset=layer.offset)
+            changed.record = Record(layer.name, layer.type, [Blob(array) for array in blobs[layer.name]])
+            return [changed]
+
+        return self.replace(swap)
 
     def without_weights(self) -> Net:
         """This net as its prototxt alone gives it."""

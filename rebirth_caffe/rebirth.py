@@ -29,7 +29,7 @@ from .net import TRAIN, Net
 from .plan import Plan, Proposal
 from .rules import KERNELS
 from .solver import data_layer
-from .stages import FOLDERS, Training, prepare
+from .stages import FOLDERS, SENSITIVITY, Training, prepare
 from .stages import write as write_stages
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from .verify import Verified
 
 FILES = ("deploy.prototxt", "train_val.prototxt", "weights.caffemodel", "plan.yaml", "report.json")
-SENSITIVITY = "sensitivity.json"  # where it was asked for
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Step by step from the original's weights to the reborn net's, under real Caffe or torch.
 
 A directory made by ``rebirth_net.py --train-data`` holds the original, the plan and a solver template. Each
-training step of the plan is applied to the net as trained so far, trained, tested, and kept or rolled back.
+training step of the plan is applied to the net as trained so far, trained, tested, and kept or rolled back;
+one that made several merges first gives up, one at a time, those that do most harm (see ``sensitivity``).
 
 Training runs in segments of fixed length. Each starts afresh from the last snapshot, with a seed of its
 own and the data layers moved on to where the segment begins, so that a run that was killed and started again
@@ -30,8 +31,9 @@ from statistics import fmean
 from time import monotonic
 from typing import Any
 
-from . import distil, prototxt
+from . import caffemodel, distil, prototxt, sensitivity
 from . import plan as plans
+from .calibration import Calibration, Start, transform_of
 from .cost import cost
 from .data import UNLABELLED, lmdb_info, open_lmdb
 from .derive import deploy
@@ -55,7 +57,7 @@ from .net import TEST, TRAIN, Net
 from .plan import Plan
 from .schema import caffe_pb2
 from .solver import Schedule, data_layer, solver_text, with_rates
-from .stages import Settings, check_labels
+from .stages import SENSITIVITY, Settings, check_labels
 from .transform import Transform
 
 FINE_TUNE = "fine-tune"  # of the whole net, after the plan's own steps
@@ -117,12 +119,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step of the plan (without merges: the fine-tune) in a folder of its own."""
+    """One training step of the plan (without merges: the fine-tune) in a folder of its own.
+
+    One that had to give up a merge goes on as a smaller one, from the ``weights`` it ended with, in which the
+    ``restored`` layers begin as in the original again.
+    """
 
     folder: str
     stage: str
     what: plans.Step
     iterations: int
+    weights: str = ""
+    restored: frozenset[str] = frozenset()
 
     @property
     def merges(self) -> tuple[Merge, ...]:
@@ -224,6 +232,7 @@ class _Run:
         net = Net.load(self.home / "original/train_val.prototxt", self.home / "original/weights.caffemodel")
         source = self._tested_on(net).param.data_param.source
         net.image = lmdb_info(source)[1:]
+        self.given = net
         net = plans.apply(net, self.plan.only(()), self.settings.init, self.settings.seed)
         self.original = net
         learned_from = data_layer(net, TRAIN)
@@ -286,50 +295,81 @@ class _Run:
     # ---- one step -----------------------------------------------------------------------------------------
 
     def _step(self, step: Step, net: Net, original: Accuracy) -> Net:
-        """The net after a step: trained, or as it was where the step was rolled back."""
-        done = self.journal.find("step", step=step.folder)
-        if done is not None:
-            self._tidy(step, done["weights"])
-            if not done["kept"]:
-                return net
-            return self._reborn(step, net.without_weights()).with_weights(self.home / done["weights"])
+        """The net after a step: trained, without the merges it had to give up, or as it was."""
+        done = self.journal.find("step", step=step.folder) or self._train(step, net, original)
+        self._tidy(step, done["weights"])
+        if done["kept"]:
+            plan = Plan(self.plan.net, step.merges)
+            return plans.apply(net.without_weights(), plan).with_weights(self.home / done["weights"])
+        smaller = self._smaller(step, net, done)
+        if smaller is None:
+            return net
+        after = self._step(smaller, net, original)
+        self._tidy(step, None)
+        return after
+
+    def _train(self, step: Step, net: Net, original: Accuracy) -> Event:
+        """Train a step, longer once where that may help; how it ended."""
+        kept_before = {id_ for e in self.journal.all("step", kept=True) for id_ in e["merges"]}
+        again = tuple(merge for merge in step.what.again if merge.id in kept_before)
+        if step.what.again and not again:
+            return self._left_out(step, net, "its merges were rolled back", "its merges were rolled back")
+        step = dataclasses.replace(step, what=dataclasses.replace(step.what, again=again))
         try:
             reborn = self._reborn(step, net)
         except PlanError as error:
             lost = [e["stage"] for e in self.journal.all("step", kept=False)]
             if not lost:
                 raise
-            self.tell("note", {"text": f"{step.stage}: left out, as {lost[-1]} was rolled back ({error})"})
-            nothing = {"top1": None, "top5": None, "loss": None, "iterations": 0, "seconds": 0.0}
-            return self._done(step, net, net, kept=False, weights=None, reason=str(error), **nothing)
+            return self._left_out(step, net, f"as {lost[-1]} was rolled back ({error})", str(error))
         self.tell("step", {"stage": step.stage, "iterations": step.iterations})
-        work = self.home / "retrain" / step.folder
-        work.mkdir(exist_ok=True)
+        (self.home / "retrain" / step.folder).mkdir(exist_ok=True)
         weights = f"retrain/{step.folder}/start.caffemodel"
         self._learner(step, reborn).write_weights(self.home / weights)
-        for attempt in (1, 2):
+        found: dict[str, Any] = {}
+        attempts = 1 if step.weights else 2
+        for attempt in range(1, attempts + 1):
             weights, tested = self._attempt(step, attempt, reborn, weights)
             drop = round(100 * (original.top1 - tested["top1"]), 6)  # without what floats add
             kept = self.options.max_drop is None or drop <= self.options.max_drop or not step.merges
             if kept:
                 break
+            next_ = "training it longer, once" if attempt < attempts else "rolled back"
+            if attempt == attempts and len(step.merges) > 1:
+                worst = self._worst(step, original)
+                found = {"dropped": dataclasses.asdict(worst)}
+                next_ = f"going on without {worst.merge}: {worst}"
             said = f"{step.stage}: top-1 {tested['top1']:.2%}, {drop:.2f} points below the original"
-            next_ = "training it longer, once" if attempt == 1 else "rolled back"
             self.tell("note", {"text": f"{said}; {next_}"})
-        numbers = {
+        return self._done(
+            step,
+            net,
+            reborn,
+            kept=kept,
+            weights=weights if kept or found else None,
             **{name: tested[name] for name in ("top1", "top5", "loss")},
-            "iterations": step.iterations * attempt,
-            "seconds": round(sum(e["seconds"] for e in self._segments_of(step)), 1),
-        }
-        trained = reborn.with_weights(self.home / weights)
-        return self._done(step, net, trained, kept=kept, weights=weights if kept else None, **numbers)
+            iterations=step.iterations * attempt,
+            seconds=round(sum(e["seconds"] for e in self._segments_of(step)), 1),
+            **found,
+        )
+
+    def _left_out(self, step: Step, net: Net, why: str, reason: str) -> Event:
+        """Record a step that was not trained at all."""
+        self.tell("note", {"text": f"{step.stage}: left out, {why}"})
+        nothing = {"top1": None, "top5": None, "loss": None, "iterations": 0, "seconds": 0.0}
+        return self._done(step, net, net, kept=False, weights=None, reason=reason, **nothing)
 
     def _reborn(self, step: Step, net: Net) -> Net:
         """A net in which a step's merges are made."""
         plan, start = Plan(self.plan.net, step.merges), self.settings.start(net)
+        reborn = plans.apply(net, plan, start.init, start.seed)
+        if step.weights:
+            trained = caffemodel.read(self.home / step.weights).by_name()
+            names = {layer.name for layer in reborn.layers if layer.name in trained} - step.restored
+            return reborn.with_blobs({name: [blob.array for blob in trained[name].blobs] for name in names})
         reborn, fitted = fit(
             net,
-            plans.apply(net, plan, start.init, start.seed),
+            reborn,
             plan,
             start,
             self.trainer.engine,
@@ -339,6 +379,57 @@ class _Run:
         for one in fitted:
             self.tell("note", {"text": f"{step.stage}: {one}"})
         return reborn
+
+    # ---- giving up one merge ------------------------------------------------------------------------------
+
+    def _worst(self, step: Step, original: Accuracy) -> sensitivity.Price:
+        """Which merge of a step does most harm for what it saves: by sensitivity.json, or as measured now."""
+        rows = sensitivity.read(self.home / SENSITIVITY)
+        found = sensitivity.known(self.given, step.merges, rows) if rows else {}
+        alone = [found.get(merge.id) or self._alone(merge) for merge in step.merges]
+        return sensitivity.prices(alone, original.top1)[0]
+
+    def _alone(self, merge: Merge) -> sensitivity.Alone:
+        """A merge by itself, measured once."""
+        known = self.journal.find("alone", merge=merge.id)
+        if known is None:
+            what = f"{merge.id} by itself"
+            self.tell("note", {"text": f"measuring {what}, which is not in {SENSITIVITY}"})
+            learned_from = data_layer(self.given, TRAIN)
+            assert learned_from is not None
+            images = Calibration(learned_from.param.data_param.source, transform=transform_of(self.given))
+            one = sensitivity.alone(
+                self.given,
+                merge,
+                plans.select(self.given, self.plan, only=[merge.id]),
+                Start("lsq", self.settings.seed, images),
+                self.trainer.engine,
+                lambda net: self._test(net, what).top1,
+            )
+            known = self.journal.add("alone", **dataclasses.asdict(one))
+        return sensitivity.Alone(**{f.name: known[f.name] for f in dataclasses.fields(sensitivity.Alone)})
+
+    def _smaller(self, step: Step, net: Net, done: Event) -> Step | None:
+        """What is left of a step without the merge that it gave up and those that need it; None: nothing."""
+        if "dropped" not in done:
+            return None
+        bare = net.without_weights()
+        left: list[Merge] = []
+        for merge in step.merges:
+            if merge.id != done["dropped"]["merge"] and _fits(bare, [*left, merge]):
+                left.append(merge)
+        if not left:
+            return None
+        first = step.folder.rpartition(".")[0] if step.weights else step.folder
+        return dataclasses.replace(
+            step,
+            folder=f"{first}.{len(left)}",
+            what=dataclasses.replace(step.what, merges=tuple(left)),
+            weights=done["weights"],
+            restored=frozenset(name for merge in step.merges if merge not in left for name in merge.layers),
+        )
+
+    # ---- training -----------------------------------------------------------------------------------------
 
     def _learner(self, step: Step, reborn: Net, done: float = 0.0) -> Net:
         """What Caffe trains in a step of which a part ``done`` (0..1) is behind."""
@@ -358,8 +449,8 @@ class _Run:
         known = [distil.Target(**target) for target in found["targets"]]
         return distil.side_by_side(reborn, self.teacher, known, self.options.distil, done)
 
-    def _done(self, step: Step, before: Net, after: Net, **found: Any) -> Net:
-        """Record how a step ended."""
+    def _done(self, step: Step, before: Net, after: Net, **found: Any) -> Event:
+        """Record how a step ended: the net before it, and the one that was trained."""
         entry = self.journal.add(
             "step",
             step=step.folder,
@@ -369,9 +460,8 @@ class _Run:
             macs_before=cost(deploy(before)).macs,
             **found,
         )
-        self._tidy(step, entry["weights"])
         self.tell("result", entry)
-        return after if entry["kept"] else before
+        return entry
 
     def _tidy(self, step: Step, weights: str | None) -> None:
         """Leave of a step's weights and snapshots only those it ended with."""
@@ -536,17 +626,18 @@ class _Run:
 
     def _kept(self, steps: Sequence[Event]) -> Plan:
         """The plan of the final net: what was rolled back is switched off, and says why."""
-        notes = {
-            step["stage"]: "rolled back: "
-            + (step.get("reason") or f"top-1 {step['top1']:.2%} after {step['iterations']} iterations")
-            for step in steps
-            if not step["kept"]
-        }
+        notes: dict[str, str] = {}
+        for step in steps:
+            why = step.get("reason") or f"top-1 {step['top1']:.2%} after {step['iterations']} iterations"
+            notes |= dict.fromkeys(step["merges"], "" if step["kept"] else f"rolled back: {why}")
+            if "dropped" in step:
+                worst = sensitivity.Price(**step["dropped"])
+                notes[worst.merge] += f"; {worst}"
         active = {merge.id for merge in self.plan.active}
         merges = []
         for merge in self.plan.merges:
-            if merge.id in active and merge.stage in notes and not merge.exact:
-                merge = dataclasses.replace(merge, enabled=False, note=notes[merge.stage])
+            if merge.id in active and notes.get(merge.id):
+                merge = dataclasses.replace(merge, enabled=False, note=notes[merge.id])
             elif merge.enabled and merge.id not in active:  # it must not come back in the other's place
                 merge = dataclasses.replace(merge, enabled=False)
             merges.append(merge)
@@ -607,6 +698,15 @@ class _Told:
 def _risen(losses: Sequence[float]) -> bool:
     """Whether a step has unlearned: its loss is far above where it began, not just for a moment."""
     return len(losses) > 10 and fmean(losses[-10:]) > max(2 * losses[0], losses[0] + 1)
+
+
+def _fits(net: Net, merges: Sequence[Merge]) -> bool:
+    """Whether these merges can be made of a net."""
+    try:
+        plans.apply(net, Plan(net.name, tuple(merges)))
+    except PlanError:
+        return False
+    return True
 
 
 def _accuracy(event: Event) -> Accuracy:

@@ -34,8 +34,9 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--final-iterations", metavar="N", type=cli.whole, default=0,
                    help="of the whole net at the end (default: 0)")  # fmt: skip
     p.add_argument("--max-drop", metavar="POINTS", type=_points,
-                   help="train a step longer, once, that ends further below the original's top-1, "
-                   "then roll it back (default: keep every step)")  # fmt: skip
+                   help="train a step longer, once, that ends further below the original's top-1, then have "
+                   "it give up its most harmful merge (by sensitivity.json, or as measured now), then the "
+                   "next, or roll it back (default: keep every step)")  # fmt: skip
     p.add_argument("--segment", metavar="N", type=cli.positive, default=1000,
                    help="iterations between snapshots (default: 1000)")  # fmt: skip
     p.add_argument("--test-interval", metavar="N", type=cli.whole, default=0,

@@ -3,12 +3,15 @@
 A merge is worth what a clock says it saves and costs what the blob it gives loses. Each is made alone, in
 every kernel mode and with several shares of its reducers left, fitted to the calibration images (``fit``),
 and timed beside the original, in turn, in one engine. With labelled images its accuracy is measured, too.
+
+What it found, sensitivity.json, tells ``retrain`` which merge to leave out first.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,7 @@ from . import plan as plans
 from .calibration import Start, Tell
 from .derive import deploy
 from .engines import Engine
+from .errors import RebirthError
 from .evaluate import evaluate_net
 from .fit import fit
 from .measure import time_in_turn
@@ -31,22 +35,50 @@ RUNS = 20
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """One merge alone: the kernel mode and the share of the reducers that give it, the largest relative error
-    of its layers (None where none could be fitted), milliseconds of one image before and after, and top-1."""
+class Alone:
+    """One merge alone: the largest relative error of its layers (None where none could be fitted),
+    milliseconds of one image before and after, and top-1."""
 
     merge: str
     stage: str
-    kernel: str
-    reduce: float
     error: float | None
     before_ms: float
     after_ms: float
-    top1: float | None = None
+    top1: float | None
 
     @property
     def saved_ms(self) -> float:
         return self.before_ms - self.after_ms
+
+
+@dataclass(frozen=True)
+class Sensitivity(Alone):
+    """One merge alone in one geometry: the kernel mode and the share of the reducers that give it."""
+
+    kernel: str
+    reduce: float
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a merge by itself costs: ``lost`` of top-1 (0..1) or, where accuracy is not known, its relative
+    error; and the milliseconds it saves."""
+
+    merge: str
+    lost: float
+    of: str  # "top1" or "error"
+    saved_ms: float
+
+    @property
+    def harm(self) -> float:
+        """What is lost for a millisecond; merges that save none are the worst."""
+        return self.lost / self.saved_ms if self.saved_ms > 0 else float("inf")
+
+    def __str__(self) -> str:
+        lost = (
+            f"{100 * self.lost:.2f} points of top-1" if self.of == "top1" else f"an error of {self.lost:.2f}"
+        )
+        return f"by itself it costs {lost} and saves {self.saved_ms:.3f} ms"
 
 
 def variants(net: Net) -> Iterator[tuple[Merge, Plan, str, float]]:
@@ -75,27 +107,76 @@ def sensitivity(
     Raises RebirthError, EngineError.
     """
     assert start.calibration is not None
+    transform = start.calibration.transform
     every = list(variants(net))
     found = []
     for number, (merge, plan, kernel, reduce) in enumerate(every):
         tell(number, len(every))
-        alone, fitted = fit(net, plans.apply(net, plan, start.init, start.seed), plan, start, engine)
-        before, after = _milliseconds([net, alone], engine)
-        top1 = None
-        if labelled is not None:
-            top1 = evaluate_net(alone, labelled, engine, start.calibration.transform).top1
-        errors = [one.after for one in fitted if one.after is not None]
-        found.append(
-            Sensitivity(merge.id, merge.stage, kernel, reduce, max(errors, default=None), before, after, top1)
+        one = alone(
+            net,
+            merge,
+            plan,
+            start,
+            engine,
+            None if labelled is None else lambda made: evaluate_net(made, labelled, engine, transform).top1,
         )
+        found.append(Sensitivity(**vars(one), kernel=kernel, reduce=reduce))
     tell(len(every), len(every))
-    return sorted(found, key=_price)
+    return sorted(found, key=lambda one: _price(one, None).harm)
 
 
-def _price(one: Sensitivity) -> float:
-    """What is lost for a millisecond; merges that save none come last."""
-    lost = 1.0 if one.error is None else one.error
-    return lost / one.saved_ms if one.saved_ms > 0 else float("inf")
+def alone(
+    net: Net, merge: Merge, plan: Plan, start: Start, engine: Engine, top1: Callable[[Net], float] | None
+) -> Alone:
+    """``merge`` alone, which ``plan`` makes (with those it builds upon); ``top1`` gives a net's accuracy."""
+    made, fitted = fit(net, plans.apply(net, plan, start.init, start.seed), plan, start, engine)
+    errors = [one.after for one in fitted if one.after is not None]
+    before, after = _milliseconds([net, made], engine)
+    accuracy = None if top1 is None else top1(made)
+    return Alone(merge.id, merge.stage, max(errors, default=None), before, after, accuracy)
+
+
+def read(path: Path) -> list[Sensitivity]:
+    """What ``sensitivity`` found, from its file; nothing where there is none.
+
+    Raises RebirthError where it is damaged.
+    """
+    try:
+        return [Sensitivity(**row) for row in json.loads(path.read_text("utf-8"))]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError):
+        raise RebirthError(f"{path}: damaged; make it again with rebirth_net.py, or remove it") from None
+
+
+def known(net: Net, merges: Iterable[Merge], rows: Sequence[Sensitivity]) -> dict[str, Alone]:
+    """What ``rows`` say of these merges of ``net`` in the geometry they have, by id."""
+    found: dict[str, Alone] = {}
+    wanted = {merge.id: merge for merge in merges}
+    for merge, _, kernel, reduce in variants(net):
+        mine = wanted.get(merge.id)
+        if mine is not None and (mine.absorbs, mine.becomes) == (merge.absorbs, merge.becomes):
+            found |= {
+                row.merge: row
+                for row in rows
+                if (row.merge, row.kernel, row.reduce) == (merge.id, kernel, reduce)
+            }
+    return found
+
+
+def prices(found: Iterable[Alone], top1: float) -> list[Price]:
+    """Of merges alone, the most harmful first. ``top1`` is the original's; where one's accuracy is not known,
+    all are judged by their error."""
+    rows = list(found)
+    whole = top1 if all(row.top1 is not None for row in rows) else None
+    return sorted((_price(row, whole) for row in rows), key=lambda price: (-price.harm, -price.lost))
+
+
+def _price(one: Alone, top1: float | None) -> Price:
+    """By accuracy, against the original's ``top1``, or by error."""
+    if top1 is not None and one.top1 is not None:
+        return Price(one.merge, max(0.0, top1 - one.top1), "top1", one.saved_ms)
+    return Price(one.merge, 1.0 if one.error is None else one.error, "error", one.saved_ms)
 
 
 def _milliseconds(nets: list[Net], engine: Engine) -> list[float]:

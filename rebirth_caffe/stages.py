@@ -34,6 +34,7 @@ from .solver import (
 )
 
 FOLDERS = ("original", "stages")
+SENSITIVITY = "sensitivity.json"  # beside them, where it was asked for (see ``sensitivity``)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Screen:
             if details["top1"] is not None:
                 self._print(
                     f"{details['stage']}: {_numbers(details)}, {details['iterations']:,} iterations, "
-                    f"{duration(details['seconds'])}{'' if details['kept'] else ', rolled back'}"
+                    f"{duration(details['seconds'])}{', ' * (not details['kept'])}{_verdict(details)}"
                 )
                 if details["kept"]:
                     self.accuracy = f"top-1 {details['top1']:.2%} after {details['stage']}"
@@ -149,11 +149,19 @@ class Screen:
         o, f = outcome.original, outcome.final
         row("original", vars(o), outcome.macs[0])
         for step in outcome.steps:
-            end = "" if step["kept"] else "left out" if step["top1"] is None else "rolled back"
             more = f"{step['iterations']:,}", duration(step["seconds"])
-            row(step["stage"], step, step["macs"], more, end)
+            row(step["stage"], step, step["macs"], more, _verdict(step))
         row("final", vars(f), outcome.macs[1])
         self.console.print(table)
+
+
+def _verdict(step: dict[str, Any]) -> str:
+    """What became of a step that was not kept."""
+    if step["kept"]:
+        return ""
+    if "dropped" in step:
+        return f"gave up {step['dropped']['merge']}"
+    return "left out" if step["top1"] is None else "rolled back"
 
 
 def _numbers(found: dict[str, Any]) -> str:

@@ -569,6 +569,109 @@ class TestMaxDrop:
         assert [m.id for m in kept.active] == ["conv2"]
 
 
+def alone(home: Path, **numbers: tuple[float, float]) -> None:
+    """A sensitivity.json: top-1 and milliseconds saved of each merge alone, in the geometry of the plan."""
+    rows = [
+        {"merge": name, "stage": name, "kernel": kernel, "reduce": 1.0, "error": 0.5}
+        | {"before_ms": 1.0, "after_ms": 1.0 - saved, "top1": top1 if kernel == "keep" else 0.0}
+        for name, (top1, saved) in numbers.items()
+        for kernel in ("keep", "auto")
+    ]
+    (home / "sensitivity.json").write_text(json.dumps(rows))
+
+
+class TestGivingUpOneMerge:
+    """A step of several merges that stays below."""
+
+    def test_it_gives_up_what_loses_most_for_a_millisecond(self, played, home):
+        alone(home, conv1=(0.8, 0.5), conv2=(0.85, 0.1))  # 20 and 50 points a millisecond
+        run = played([0.9, 0.5, 0.6, 0.89, 0.88])
+        outcome = run(schedule="joint", max_drop=2.0)
+        lost, kept = outcome.steps
+        assert (lost["stage"], lost["kept"], lost["merges"]) == ("joint", False, ["conv1", "conv2"])
+        assert lost["dropped"] == {
+            "merge": "conv2",
+            "lost": pytest.approx(0.05),
+            "of": "top1",
+            "saved_ms": pytest.approx(0.1),
+        }
+        assert (kept["stage"], kept["kept"], kept["merges"], kept["top1"]) == ("joint", True, ["conv1"], 0.89)
+        assert kept["macs"] < kept["macs_before"] == lost["macs_before"]
+        assert run.notes == [
+            "joint: top-1 50.00%, 40.00 points below the original; training it longer, once",
+            "joint: top-1 60.00%, 30.00 points below the original; going on without conv2: "
+            "by itself it costs 5.00 points of top-1 and saves 0.100 ms",
+        ]
+        assert json.loads((home / "final/accuracy.json").read_text())["steps"] == outcome.steps
+        plan = plans.load(home / "final/plan.yaml")
+        assert {m.id: m.enabled for m in plan.merges if not m.exact} == {"conv1": True, "conv2": False}
+        assert next(m.note for m in plan.merges if m.id == "conv2") == (
+            "rolled back: top-1 60.00% after 12 iterations; "
+            "by itself it costs 5.00 points of top-1 and saves 0.100 ms"
+        )
+        original = Net.load(home / "original/train_val.prototxt")
+        assert plans.apply(original, plan).text() == (home / "final/train_val.prototxt").read_text()
+        assert list((home / "retrain/01-joint").glob("*.caffemodel")) == []
+        assert run(schedule="joint", max_drop=2.0).steps == outcome.steps  # and so again, with nothing to do
+        assert len(run.runs) == 6
+
+    def test_without_accuracies_it_judges_by_the_error_and_what_saves_nothing_goes_first(self, played, home):
+        alone(home, conv1=(0.9, 0.0), conv2=(0.1, 0.5))
+        rows = json.loads((home / "sensitivity.json").read_text())
+        (home / "sensitivity.json").write_text(json.dumps([{**row, "top1": None} for row in rows]))
+        outcome = played([0.9, 0.5, 0.5, 0.9, 0.9])(schedule="joint", max_drop=2.0)
+        wanted = {"merge": "conv1", "lost": 0.5, "of": "error", "saved_ms": 0.0}
+        assert [step.get("dropped") for step in outcome.steps] == [wanted, None]
+
+    def test_the_last_one_is_rolled_back_and_what_was_to_be_learned_again_left_out(self, played, home):
+        alone(home, conv1=(0.8, 0.5), conv2=(0.85, 0.1))
+        run = played([0.9, 0.5, 0.5, 0.6, 0.9])
+        outcome = run(schedule="joint-then-steps", max_drop=2.0)
+        assert [(s["stage"], s["merges"], s["kept"], s["iterations"]) for s in outcome.steps] == [
+            ("joint", ["conv1", "conv2"], False, 12),
+            ("joint", ["conv1"], False, 6),  # it went on from there: that was longer already
+            ("conv1", [], False, 0),
+            ("conv2", [], False, 0),
+        ]
+        assert outcome.steps[2]["reason"] == "its merges were rolled back"
+        assert outcome.macs[0] == outcome.macs[1]
+
+    def test_a_damaged_file_is_named(self, played, home):
+        (home / "sensitivity.json").write_text('[{"merge": "conv1"}]')
+        with pytest.raises(RebirthError, match=r"sensitivity\.json: damaged; make it again"):
+            played([0.9, 0.5, 0.5])(schedule="joint", max_drop=2.0)
+
+    def test_what_was_not_measured_is_now_once_and_the_rest_goes_on_as_trained(self, home, caffe):
+        """Under real Caffe, killed on the way: nothing is measured twice."""
+        options = dataclasses.replace(OPTIONS, schedule="joint", max_drop=0.0)
+        starts: list[dict[str, list[bytes]]] = []
+
+        def tell(what: str, details: dict[str, Any]) -> None:
+            if what == "note" and "going on without" in details["text"] and not starts:
+                starts.append({})
+                raise KeyboardInterrupt
+            if what == "progress" and (home / "retrain/01-joint.1").exists() and len(starts) == 1:
+                ended = next(e for e in tiny.journal(home) if e["event"] == "step")["weights"]
+                for path in (home / ended, home / "retrain/01-joint.1/start.caffemodel"):
+                    records = caffemodel.read(path).records
+                    starts.append({r.name: [blob.array.tobytes() for blob in r.blobs] for r in records})
+
+        with pytest.raises(KeyboardInterrupt):
+            retrain(home, options, CaffeTrainer(caffe), tell)
+        outcome = retrain(home, options, CaffeTrainer(caffe), tell)
+        assert outcome is not None
+        assert sorted(e["merge"] for e in tiny.journal(home) if e["event"] == "alone") == ["conv1", "conv2"]
+        given_up = outcome.steps[0]["dropped"]
+        assert given_up["of"] == "top1"
+        assert outcome.steps[1]["merges"] == [{"conv1": "conv2", "conv2": "conv1"}[given_up["merge"]]]
+        _, ended, begun = starts
+        first = caffemodel.read(home / "original/weights.caffemodel").by_name()[given_up["merge"]]
+        assert begun[given_up["merge"]] == [blob.array.tobytes() for blob in first.blobs]
+        others = {name for name in begun if begun[name]} - {given_up["merge"]}
+        assert {"fc", f"{outcome.steps[1]['merges'][0]}/rebirth"} <= others
+        assert all(begun[name] == ended[name] for name in others)
+
+
 class TestDivergence:
     NAN = staticmethod(lambda stage, rate: lambda run: [np.nan if stage in run.solver and rate(run) else 1.0])
 
