@@ -39,6 +39,7 @@ def infer(view: View, batch: int | None = None) -> dict[Value, MaybeShape]:
     shapes: dict[Value, MaybeShape] = {}
     for value, shape in itertools.zip_longest(view.inputs, _input_shapes(view.net.header)):
         if value is not None:  # of an input that says no shape none is known
+            _check_sizes(f"{view.net.path}: input '{value.name}'", shape)
             shapes[value] = entering(shape)
     for layer in view.layers:
         bottoms = [shapes.get(value) for value in view.bottoms[layer]]
@@ -69,9 +70,14 @@ def layer_shapes(layer: Layer, bottoms: list[MaybeShape]) -> list[MaybeShape]:
             raise NetError(f"{layer.where}: its bottom has too few axes ({_x(bottom)}) for {layer.type}")
     tops = list(rule(layer, known))
     for shape in tops:
-        if shape is not None and (any(d < 0 for d in shape) or math.prod(shape) >= 2**31):
-            raise NetError(f"{layer.where}: its output would be {_x(shape)}; correct the sizes")
+        _check_sizes(f"{layer.where}: its output", shape)
     return tops
+
+
+def _check_sizes(what: str, shape: MaybeShape) -> None:
+    """Raise NetError for a shape no blob of Caffe's can have."""
+    if shape is not None and (any(d < 0 for d in shape) or math.prod(shape) >= 2**31):
+        raise NetError(f"{what} would be {_x(shape)}; correct the sizes")
 
 
 def _first_channels(view: View) -> int | None:
@@ -86,9 +92,15 @@ def _first_channels(view: View) -> int | None:
 
 def _input_shapes(header: caffe_pb2.NetParameter) -> list[MaybeShape]:
     if header.input_shape:
-        return [tuple(shape.dim) for shape in header.input_shape]
-    dims = list(header.input_dim)
-    return [tuple(dims[i : i + 4]) for i in range(0, len(dims) - 3, 4)]
+        return [_fixed(shape.dim) for shape in header.input_shape]
+    dims = header.input_dim
+    return [_fixed(dims[i : i + 4]) for i in range(0, len(dims) - 3, 4)]
+
+
+def _fixed(dims: Sequence[int]) -> MaybeShape:
+    """The shape of an input. A 0 behind the batch is a size that only whoever runs the net gives it: stock
+    Caffe builds hardly a layer on it before that, forks do."""
+    return None if 0 in dims[1:] and min(dims) >= 0 else tuple(dims)
 
 
 # ---- helpers ----------------------------------------------------------------------------------------------
@@ -172,7 +184,7 @@ def _dummy_data(layer: Layer, _: list[Shape]) -> Sequence[MaybeShape]:
 
 
 def _input(layer: Layer, _: list[Shape]) -> Sequence[MaybeShape]:
-    given: list[MaybeShape] = [tuple(shape.dim) for shape in layer.param.input_param.shape]
+    given = [_fixed(shape.dim) for shape in layer.param.input_param.shape]
     return given * len(layer.top) if len(given) == 1 else given
 
 

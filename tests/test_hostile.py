@@ -64,7 +64,15 @@ TEXTS = {
     "group of 0": (conv("group: 0"), "group is 0; it must be at least 1"),
     "fc of 2^31": (one("InnerProduct", "inner_product_param { num_output: 2147483648 }"), "1x21474"),
     "overflowing shape": (NET.replace("dim: 9 ", f"dim: {2**63 - 1} "), "correct the sizes"),
-    "negative shape": (NET.replace("dim: 9 ", "dim: -9 "), "correct the sizes"),
+    "negative shape": (NET.replace("dim: 9 ", "dim: -9 "), ": input 'data' would be 1x3x-9x-9; correct"),
+    "negative input_dim": (
+        NET.replace("input_shape {", "").replace("9 }", "9").replace("dim: ", "input_dim: -"),
+        ": input 'data' would be -1x-3x-9x-9; correct the sizes",
+    ),
+    "negative Input layer": (
+        'layer { name: "i" type: "Input" top: "data" input_param { shape { dim: -1 dim: 0 } } }' + RELU,
+        ":1: layer 'i': its output would be -1x0; correct the sizes",
+    ),
     "reshape": (
         one("Reshape", f"reshape_param {{ shape {{ dim: {2**63 - 1} dim: -1 }} }}"),
         "243 values do not divide into",

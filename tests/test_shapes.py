@@ -354,6 +354,21 @@ def test_an_input_that_says_no_shape_has_none():
         assert ours(Net.parse(head + conv1))[0] == {"a": None, "c": None}
 
 
+def test_an_input_of_size_0_gets_its_size_at_run_time(in_caffe, tmp_path):
+    """On an empty batch Caffe builds; on empty images hardly a layer, but forks and other engines do."""
+    for shape, known in (((0, 3, 9, 9), True), ((1, 3, 0, 0), False), ((1, 0, 9, 9), False)):
+        dims = " ".join(f"dim: {size}" for size in shape)
+        for head in (
+            f'input: "a" input_shape {{ {dims} }}\n',
+            f'input: "a" {dims.replace("dim", "input_dim")}\n',
+            f'layer {{ name: "in" type: "Input" top: "a" input_param {{ shape {{ {dims} }} }} }}\n',
+        ):
+            path = tmp_path / "net.prototxt"
+            path.write_text(head + 'layer { name: "r" type: "ReLU" bottom: "a" top: "r" }\n')
+            assert ours(Net.load(path))[0] == dict.fromkeys("ar", shape if known else None)
+            assert caffes(in_caffe.net(path))[0] == dict.fromkeys("ar", shape)
+
+
 def test_a_batch_replaces_the_first_dimension_of_inputs_only():
     text = single(layer("InnerProduct", "num_output: 5"), IMAGE)
     text += 'layer { name: "p" type: "Parameter" top: "p" parameter_param { shape { dim: 7 dim: 2 } } }'
