@@ -386,13 +386,15 @@ def made_up(net: Net, limit: int) -> Net | None:
     count = sum(math.prod(shape) for needed in shapes.values() for shape in needed or [])
     if not 0 < count <= limit:
         return None
-    named: dict[str, set[str]] = {"": {"any", "other"}}
+    shadowed = net.graph.shadowed()
+    named: dict[str, set[str]] = {}
     for layer, needed in shapes.items():
-        named.setdefault(layer.name, set()).add(str(needed))
+        if layer not in shadowed:
+            named.setdefault(layer.name, set()).add(str(needed))
     shared: dict[str, Array] = {}
     loaded = net.without_weights()
     for layer, (old, needed) in zip(loaded.layers, ((x, shapes.get(x)) for x in net.layers), strict=True):
-        if needed and len(named[old.name]) == 1:
+        if needed and old not in shadowed and len(named[old.name]) == 1:
             arrays = _arrays(old, needed)
             for i, array in enumerate(arrays):
                 if old.spec(i).name:

@@ -341,6 +341,19 @@ class Graph:
         """The view for a phase: the plainest one there is, of the other phase if this one has none."""
         return self._plainest.get(phase, self.views[0])
 
+    def shadowed(self, hdf5: bool = False) -> set[Layer]:
+        """The layers that no weights file reaches: in every state they are in another one has their name.
+
+        Of layers of one name Caffe gives binary weights to the first, those of an ``hdf5`` file to the last.
+        """
+        reached: set[Layer] = set()
+        for view in self.views:
+            named: dict[str, Layer] = {}
+            for layer in reversed(view.layers) if hdf5 else view.layers:
+                named.setdefault(layer.name, layer)
+            reached.update(named.values())
+        return {layer for view in self.views for layer in view.layers} - reached
+
     def same_views(self, a: Layer, b: Layer) -> bool:
         """Whether two layers are in the same views."""
         return all((a in view.bottoms) == (b in view.bottoms) for view in self.views)
@@ -507,17 +520,20 @@ class Net:
     def with_weights(self, path: Path | str) -> Net:
         """This net with the weights of a caffemodel, matched by layer name as Caffe does.
 
-        Raises WeightsError where a blob does not fit its layer, or nothing fits at all.
+        Layers that a file cannot reach (see ``Graph.shadowed``) get none. Raises WeightsError where a blob
+        does not fit its layer, or nothing fits at all.
         """
         from .shapes import check_weights
 
         weights = caffemodel.read(path)
         by_name = weights.by_name()
         names = {layer.name for layer in self.layers}
+        shadowed = self.graph.shadowed(weights.storage == "HDF5")
+        _check_names(self, weights, path, shadowed)
 
         def load(layer: Layer) -> list[Layer]:
             loaded = Layer(layer.text, layer.tree, path=layer.path, line=layer.line, offset=layer.offset)
-            loaded.record = by_name.get(layer.name)
+            loaded.record = None if layer in shadowed else by_name.get(layer.name)
             return [loaded]
 
         net = self.replace(load)
@@ -565,8 +581,10 @@ class Net:
         from .shapes import RULES, WEIGHTS
 
         records: dict[str, tuple[bytes, Record]] = {}
+        shadowed = self.graph.shadowed()
         for layer in self.layers:
-            if layer.record is None and (layer.type in WEIGHTS or layer.type not in RULES):
+            unfilled = layer.record is None and (layer.type in WEIGHTS or layer.type not in RULES)
+            if layer in shadowed or unfilled:
                 continue
             record = layer.record or Record(layer.name, layer.type, [])
             if layer.name not in records or record.blobs:
@@ -574,11 +592,31 @@ class Net:
         caffemodel.write(path, caffe_pb2.NetParameter(name=self.name), records.values())
 
 
+def _check_names(net: Net, weights: caffemodel.Weights, path: Path | str, shadowed: set[Layer]) -> None:
+    """Raise WeightsError where layers of one name cannot have their weights, now or when written again."""
+    by_name = weights.by_name()
+    names = {layer.name for layer in net.layers}
+    for record in weights.records:
+        last = by_name[record.name]
+        if record.name in names and [b.shape for b in record.blobs] != [b.shape for b in last.blobs]:
+            raise WeightsError(
+                f"{path}: layer '{record.name}' is in it twice, with other blobs, so that Caffe cannot load "
+                "it; give the layers names of their own and train again"
+            )
+    for layer in net.graph.shadowed() - shadowed:
+        if layer.name in by_name and by_name[layer.name].blobs:
+            raise WeightsError(
+                f"{path}: {layer.where} is not the only one of its name, and Caffe gives it weights of an "
+                "HDF5 file, but none of a binary one; give it a name of its own, in both files"
+            )
+
+
 def _check_finite(net: Net, path: Path | str) -> None:
     """Raise WeightsError where weights are no numbers, with every layer that has such."""
     bad = {
         layer.name: sum(int(np.count_nonzero(~np.isfinite(blob.array))) for blob in layer.blobs)
         for layer in net.layers
+        if layer.blobs
     }
     if any(bad.values()):
         layers = ", ".join(f"'{name}' ({count})" for name, count in bad.items() if count)

@@ -44,6 +44,9 @@ def verify(original: Net, plan: Plan, caffe: str | None = None, seed: int = 0) -
         before = deploy(_filled(original, seed))
     except NetError as error:  # of a train_val that says too little, or a filler nobody knows
         return Verified(reason=str(error))
+    shadowed = next((layer for layer in before.graph.shadowed() if layer.blobs), None)
+    if shadowed is not None:
+        return Verified(reason=f"{shadowed.where} has the name of one above it: no file has its weights")
     after = deploy(plans.apply(_filled(original, seed), plan))
     problems = []
     for name in ["caffe"] if caffe else available_engines():

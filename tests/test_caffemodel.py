@@ -13,11 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rebirth_caffe import caffemodel
-from rebirth_caffe.caffemodel import Blob, Record, Weights, read
+from rebirth_caffe.caffemodel import Blob, Record, Weights, read, write_hdf5
 from rebirth_caffe.errors import WeightsError
+from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import Layer, Net
+from rebirth_caffe.plan import Plan
 from rebirth_caffe.schema import caffe_pb2
 from rebirth_caffe.shapes import all_param_shapes
+from rebirth_caffe.verify import verify
 
 # A layer of every kind of weight blob.
 TEXT = """name: "small"
@@ -192,9 +195,9 @@ def test_layers_that_did_not_change_keep_their_bytes_in_a_changed_net(files, tmp
 
 def test_a_rewired_layer_is_stored_with_its_new_wiring(files, tmp_path):
     net = Net.load(files["net"], files["current"])
-    net.replace(lambda x: [x.rewired(["other"], ["fc"]) if x.name == "fc" else x]).write_weights(
-        tmp_path / "out"
-    )
+    wiring = {"factor": (["conv"], ["other"]), "fc": (["other"], ["fc"])}
+    rewired = net.replace(lambda x: [x.rewired(*wiring[x.name]) if x.name in wiring else x])
+    rewired.write_weights(tmp_path / "out")
     stored = caffe_pb2.NetParameter.FromString((tmp_path / "out").read_bytes()).layer[-1]
     assert (stored.name, list(stored.bottom)) == ("fc", ["other"])
     assert same(arrays(read(tmp_path / "out")), values())
@@ -287,6 +290,58 @@ def test_caffe_loads_new_blobs(files, in_caffe, tmp_path):
     in_caffe(DUMP, prototxt=str(files["net"]), weights=str(out), out=str(dump))
     assert same(from_npz(dump), values(3))
     assert {x.name: s for x, s in all_param_shapes(net).items() if s} == SHAPES
+
+
+CONV = 'type: "Convolution" bottom: "{}" top: "{}" convolution_param {{ num_output: 3 kernel_size: 3 }}'
+ONE_NAME = f"""input: "data" input_shape {{ dim: 1 dim: 3 dim: 9 dim: 9 }}
+layer {{ name: "x" {CONV.format("data", "a")} }}
+layer {{ name: "x" type: "ReLU" bottom: "a" top: "a" }}
+layer {{ name: "y" {CONV.format("a", "b")} }}
+layer {{ name: "x" {CONV.format("b", "c")} }}
+"""
+
+
+def test_of_layers_of_one_name_the_first_has_the_weights(in_caffe, tmp_path):
+    """As in Caffe, which leaves the others to their fillers, zeros here."""
+    net = Net.parse(ONE_NAME)
+    fill_missing(net)
+    assert [len(layer.blobs) for layer in net.layers] == [2, 0, 2, 2]
+    path, weights = tmp_path / "net.prototxt", tmp_path / "net.caffemodel"
+    net.write(path)
+    net.write_weights(weights)
+    assert [(r.name, len(r.blobs)) for r in read(weights).records] == [("x", 2), ("y", 2)]
+    loaded = Net.load(path, weights)
+    assert [len(layer.blobs) for layer in loaded.layers] == [2, 0, 2, 0]
+    said = in_caffe(
+        "layers = caffe.Net(prototxt, 1, weights=weights).layers\n"
+        "result = [[float(b.data.sum()) for b in layer.blobs] for layer in layers if layer.type != 'Input']",
+        prototxt=str(path),
+        weights=str(weights),
+    )
+    assert said[3] == [0, 0]
+    for layer, sums in zip(loaded.layers[:3], said, strict=False):
+        assert sums == pytest.approx([blob.array.sum() for blob in layer.blobs], rel=1e-5, abs=1e-5)
+    said = verify(loaded, Plan("", ())).reason
+    assert said.endswith("layer 'x' has the name of one above it: no file has its weights")
+    for blob in net.layers[0].blobs:
+        blob.array[:] = np.nan
+    net.write_weights(weights)
+    with pytest.raises(WeightsError, match=r"NaN or infinite in 'x' \(84\);"):
+        Net.load(path, weights)
+
+
+def test_weights_that_caffe_cannot_give_to_layers_of_one_name_are_refused(in_caffe, tmp_path):
+    path, weights = tmp_path / "net.prototxt", tmp_path / "net.caffemodel"
+    path.write_text(ONE_NAME)
+    in_caffe("caffe.Net(prototxt, 1).save(weights)\nresult = 0", prototxt=str(path), weights=str(weights))
+    with pytest.raises(in_caffe.Refused, match="Incompatible number of blobs for layer x"):
+        in_caffe("result = caffe.Net(prototxt, 1, weights=weights)", prototxt=str(path), weights=str(weights))
+    with pytest.raises(WeightsError, match="layer 'x' is in it twice, with other blobs, so that"):
+        Net.load(path, weights)
+    h5 = tmp_path / "net.caffemodel.h5"
+    write_hdf5(h5, [Record("x", "", [Blob(np.ones((3, 3, 3, 3), "f4")), Blob(np.ones(3, "f4"))])])
+    with pytest.raises(WeightsError, match=r":5: layer 'x' is not the only one .* give it a name of its own"):
+        Net.load(path, h5)
 
 
 def test_we_read_what_caffe_saves(files, in_caffe, tmp_path):
