@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rebirth_caffe import caffemodel, plan, prototxt
 from rebirth_caffe.engines.child import last_words
 from rebirth_caffe.engines.training import displayed
-from rebirth_caffe.errors import MAX_LENGTH, RebirthError
+from rebirth_caffe.errors import MAX_LENGTH, RebirthError, WeightsError
 from rebirth_caffe.net import TEST, Net
 from rebirth_caffe.shapes import infer
 from rebirth_caffe.upgrade import upgrade, upgrade_weights
@@ -63,6 +63,19 @@ def read_caffemodel(path: Path) -> None:
     assert caffemodel.read(path).storage == "current"
 
 
+def read_hdf5(path: Path) -> None:
+    read_caffemodel(path)  # leaves what it read as a binary file
+    weights = caffemodel.read(path)
+    try:
+        caffemodel.write_hdf5(path, weights.records)
+    except WeightsError:  # a name that HDF5 has no place for
+        return
+    stored = caffemodel.read(path).by_name()
+    assert {name: [blob.shape for blob in record.blobs] for name, record in stored.items()} == {
+        name: [blob.shape for blob in record.blobs] for name, record in weights.by_name().items()
+    }
+
+
 def read_plan(path: Path) -> None:
     found = plan.load(path)
     path.write_text(plan.dump(found), "utf-8")
@@ -80,6 +93,7 @@ def read_log(path: Path) -> None:
 READERS: dict[str, Callable[[Path], None]] = {
     "prototxt": read_prototxt,
     "caffemodel": read_caffemodel,
+    "hdf5": read_hdf5,
     "plan": read_plan,
     "log": read_log,
 }
