@@ -581,13 +581,11 @@ class Net:
         from .shapes import RULES, WEIGHTS
 
         records: dict[str, tuple[bytes, Record]] = {}
-        shadowed = self.graph.shadowed()
         for layer in self.layers:
-            unfilled = layer.record is None and (layer.type in WEIGHTS or layer.type not in RULES)
-            if layer in shadowed or unfilled:
+            if layer.record is None and (layer.type in WEIGHTS or layer.type not in RULES):
                 continue
             record = layer.record or Record(layer.name, layer.type, [])
-            if layer.name not in records or record.blobs:
+            if layer.name not in records or (record.blobs and not records[layer.name][1].blobs):
                 records[layer.name] = (self.message(layer).SerializePartialToString(), record)
         caffemodel.write(path, caffe_pb2.NetParameter(name=self.name), records.values())
 

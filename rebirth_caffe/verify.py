@@ -15,6 +15,7 @@ from .errors import EngineError, NetError, RebirthError
 from .init.fill import fill_missing
 from .net import TEST, Net
 from .plan import Plan
+from .shapes import all_param_shapes
 
 LIMIT = 1e-4  # of the largest value of an output
 
@@ -44,9 +45,10 @@ def verify(original: Net, plan: Plan, caffe: str | None = None, seed: int = 0) -
         before = deploy(_filled(original, seed))
     except NetError as error:  # of a train_val that says too little, or a filler nobody knows
         return Verified(reason=str(error))
-    shadowed = next((layer for layer in before.graph.shadowed() if layer.blobs), None)
-    if shadowed is not None:
-        return Verified(reason=f"{shadowed.where} has the name of one above it: no file has its weights")
+    shadowed = before.graph.shadowed()
+    hidden = next((x for x, shapes in all_param_shapes(before).items() if shapes and x in shadowed), None)
+    if hidden is not None:
+        return Verified(reason=f"{hidden.where} has the name of one above it: no file has its weights")
     after = deploy(plans.apply(_filled(original, seed), plan))
     problems = []
     for name in ["caffe"] if caffe else available_engines():

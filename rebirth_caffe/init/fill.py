@@ -99,10 +99,12 @@ def fill_missing(net: Net, seed: int = 0) -> None:
     """Give every layer that needs weights and has none blobs drawn from its fillers.
 
     Where a prototxt names no filler Caffe would give zeros and the net would compute nothing; such layers
-    get xavier. BatchNorm gets the statistics of a standard normal (mean 0, variance 1, factor 1).
+    get xavier. BatchNorm gets the statistics of a standard normal (mean 0, variance 1, factor 1). Layers that
+    no weights file reaches (see ``Graph.shadowed``) are left to Caffe.
     """
+    shadowed = net.graph.shadowed()
     for layer, shapes in all_param_shapes(net).items():
-        if not shapes or layer.blobs:  # none needed, not known (a fork's layer), or there already
+        if not shapes or layer.blobs or layer in shadowed:  # not needed or known (a fork's), or there already
             continue
         random = generator(seed, layer.name)
         if layer.type == "BatchNorm":
