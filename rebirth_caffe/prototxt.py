@@ -106,7 +106,7 @@ class Message:
                 yield from f.value.walk()
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, what: str = "prototxt") -> str:
     """A file's text; bytes that are not UTF-8 survive a later ``write`` unchanged (surrogateescape)."""
     try:
         with path.open("rb") as file:
@@ -114,15 +114,15 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise PrototxtError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
-        raise PrototxtError(f"{path}: is a directory; give the prototxt file in it") from None
+        raise PrototxtError(f"{path}: is a directory; give the {what} file in it") from None
     except OSError as error:
         raise PrototxtError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
     if len(data) > MAX_BYTES:
         size = f"larger than {MAX_BYTES >> 20} MB"
-        raise PrototxtError(f"{path}: {size}; not a prototxt, or one with its weights as text")
+        raise PrototxtError(f"{path}: {size}; not a {what}, or one with its weights as text")
     if b"\0" in data:
         raise PrototxtError(
-            f"{path}:{data[: data.index(0)].count(10) + 1}: binary data, not a prototxt; "
+            f"{path}:{data[: data.index(0)].count(10) + 1}: binary data, not a {what}; "
             "weights go to --weights"
         )
     return data.decode("utf-8", "surrogateescape")

@@ -1,5 +1,6 @@
 """A fork's caffe.proto: read as protoc reads it, and what the tool learns from it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,12 @@ def test_it_is_read_as_protoc_reads_it(tmp_path):
         ("optional string name = 1;", "optional Nonsense name = 1;", "does not fit together: "),
         ("package caffe;", 'package caffe; import "other.proto";', "imports another file"),
         ("package caffe;", "package caffe; @", "'@' cannot stand here; not a .proto file"),
+        ("package caffe;", "package caffe; \0", ": binary data, not a .proto"),
+        ("package caffe;", "message A {" * 200_000, "messages nested more than 100 deep"),
+        ("package caffe;", "x" * 2**24, "larger than 16 MB; not a .proto"),
+        ("optional string name = 1;", "optional string name = 1.5;", "'1.5' is no number of a field"),
+        ("optional string name = 1;", "optional string name = 4294967296;", "'4294967296' is no number of"),
+        ("optional string name = 1;", "optional string name = 09;", "'09' is no number of a field"),
     ],
 )
 def test_what_is_none_is_refused_in_one_line(old, new, message, tmp_path):
@@ -105,6 +112,15 @@ def test_what_is_none_is_refused_in_one_line(old, new, message, tmp_path):
     assert "\n" not in str(error.value)
     assert str(error.value).startswith(f"{path}:")
     assert message in str(error.value)
+
+
+def test_a_file_cut_short_is_refused_wherever_the_cut_is(tmp_path):
+    """At every word."""
+    text = FORK[FORK.index("message NormParameter") : FORK.index("service")].replace("caffe.", "")
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    for end in ends[:-1]:
+        with pytest.raises(PrototxtError):
+            fork.parse(text[:end])
 
 
 @pytest.fixture
@@ -165,7 +181,7 @@ def test_the_command_knows_a_forks_fields_once_taught(files):
         "kind.prototxt:6: sizes: expected an integer, found big"
     )
     assert bad("net.prototxt", "--proto", "none.proto", cwd=files) == (
-        "none.proto: cannot be read: No such file or directory; check the path of --proto"
+        "none.proto: no such file; check the path"
     )
 
 

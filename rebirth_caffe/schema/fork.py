@@ -8,6 +8,7 @@ other than packed and default) is passed over.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from ..errors import PrototxtError
-from ..prototxt import unquote
+from ..prototxt import MAX_DEPTH, encode, read_text, unquote
 
 _TOKEN = re.compile(
     r"""(?P<space>(?:\s+|//[^\n]*|/\*.*?\*/)+)
@@ -55,11 +56,7 @@ class Schema:
 def load(path: Path | str) -> Schema:
     """Read a fork's caffe.proto. Raises PrototxtError with ``file:line`` for what is none."""
     path = Path(path)
-    try:
-        text = path.read_text("utf-8", "replace")
-    except OSError as error:
-        raise PrototxtError(f"{path}: cannot be read: {error.strerror}; check the path of --proto") from None
-    file = parse(text, path)
+    file = parse(encode(read_text(path, ".proto")).decode("utf-8", "replace"), path)
     pool = DescriptorPool()
     try:
         pool.AddSerializedFile(file.SerializeToString())
@@ -104,7 +101,7 @@ class _Parser:
                 file.package = self._word()
                 self._expect(";")
             elif word == "message":
-                self._message(file.message_type.add())
+                self._message(file.message_type.add(), 1)
             elif word == "enum":
                 self._enum(file.enum_type.add())
             elif word == "import":
@@ -115,6 +112,14 @@ class _Parser:
 
     def _error(self, what: str, back: int = 0) -> PrototxtError:
         return PrototxtError(f"{self.path}:{self.tokens[self.i - back][2]}: {what}")
+
+    def _next(self) -> tuple[str, str]:
+        """The kind and the text of the next token, whatever it is."""
+        kind, text, _ = self.tokens[self.i]
+        if kind == "end":
+            raise self._error("the file ends inside a message or an enum; copy it again")
+        self.i += 1
+        return kind, text
 
     def _take(self, kind: str, what: str) -> str:
         found, text, _ = self.tokens[self.i]
@@ -127,7 +132,12 @@ class _Parser:
         return self._take("word", "a word")
 
     def _number(self) -> int:
-        return int(self._take("number", "a number"), 0)
+        text = self._take("number", "a number")
+        with suppress(ValueError):  # of a number that is not whole, or of thousands of digits
+            number = int(text, 0) if not re.fullmatch("-?0[0-7]+", text) else int(text, 8)
+            if -(2**31) <= number < 2**31:
+                return number
+        raise self._error(f"'{text[:40]}' is no number of a field or value; not proto2?", back=1)
 
     def _accept(self, punct: str) -> bool:
         if self.tokens[self.i][:2] == ("punct", punct):
@@ -153,7 +163,9 @@ class _Parser:
             if kind == "punct" and text == end and depth == 0:
                 return
 
-    def _message(self, message: DescriptorProto) -> None:
+    def _message(self, message: DescriptorProto, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise self._error(f"messages nested more than {MAX_DEPTH} deep; not a caffe.proto")
         message.name = self._word()
         self._expect("{")
         while not self._accept("}"):
@@ -161,7 +173,7 @@ class _Parser:
                 continue
             word = self._word()
             if word == "message":
-                self._message(message.nested_type.add())
+                self._message(message.nested_type.add(), depth + 1)
             elif word == "enum":
                 self._enum(message.enum_type.add())
             elif word == "oneof":
@@ -198,8 +210,7 @@ class _Parser:
         else:
             name = self._word()
         self._expect("=")
-        kind, value, _ = self.tokens[self.i]
-        self.i += 1
+        kind, value = self._next()
         if (kind, value) == ("punct", "-"):  # -inf
             value += self._word()
         if name == "default":
@@ -217,8 +228,8 @@ class _Parser:
             if self._accept("="):
                 enum.value.add(name=word, number=self._number())
                 if self._accept("["):
-                    while not self._accept("]"):
-                        self.i += 1
+                    while self._next() != ("punct", "]"):
+                        pass
                 self._expect(";")
             else:
                 self._skip(word)

@@ -32,6 +32,7 @@ from rebirth_caffe.engines.child import last_words
 from rebirth_caffe.engines.training import displayed
 from rebirth_caffe.errors import MAX_LENGTH, RebirthError, WeightsError
 from rebirth_caffe.net import TEST, Net
+from rebirth_caffe.schema import fork
 from rebirth_caffe.shapes import infer
 from rebirth_caffe.upgrade import upgrade, upgrade_weights
 
@@ -82,6 +83,10 @@ def read_plan(path: Path) -> None:
     assert plan.load(path) == found
 
 
+def read_proto(path: Path) -> None:
+    assert fork.load(path).descriptor.name == "LayerParameter"
+
+
 def read_log(path: Path) -> None:
     said = path.read_text("utf-8", "replace")
     for line in said.splitlines():
@@ -95,6 +100,7 @@ READERS: dict[str, Callable[[Path], None]] = {
     "caffemodel": read_caffemodel,
     "hdf5": read_hdf5,
     "plan": read_plan,
+    "proto": read_proto,
     "log": read_log,
 }
 
