@@ -12,6 +12,7 @@ import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -164,8 +165,11 @@ def upgrade_file(source: Path, target: Path) -> list[str]:
         part.rename(target)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(target)) from None
+    except RebirthError as error:  # of the file that nobody but this function knows
+        raise type(error)(str(error).replace(str(part), str(target))) from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that takes nothing has nothing
+            part.unlink(missing_ok=True)
     return notes
 
 

@@ -169,6 +169,8 @@ def test_places_that_cannot_be_written(given):
         if out != "/proc/out":
             refused(tool("upgrade.py", weights, out), "exists already")
     refused(tool("upgrade.py", weights, "/proc/out"), "/proc/out: ")
+    weights.write_bytes(current().replace(b"conv", b"a/bc"))
+    refused(tool("upgrade.py", weights, given / "new.h5"), f"{given}/new.h5: HDF5 has no place for a layer")
     assert [path.name for path in elsewhere.iterdir()] == ["mine"]
     assert net.read_text() == TEXT
 
