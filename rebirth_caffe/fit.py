@@ -2,7 +2,8 @@
 
 The original and the reborn net see the same calibration images. For every reborn layer, rows of what it reads
 in the reborn net, as fitted so far, stand against what the original gave in its place;
-``init.least_squares`` does the arithmetic. Memory is bounded: rows are drawn evenly from all images.
+``init.least_squares`` does the arithmetic of ``lsq``, ``init.rescale`` that of ``inherit``, which only scales
+what was copied. Memory is bounded: rows are drawn evenly from all images.
 
 A layer's place in the original is the blob its merge gives (the channels a Concat leaves to it) or, inside a
 merge, the blob of the layer it is made after. A reducer that lost channels takes those, of the original's
@@ -28,7 +29,7 @@ from .derive import deploy
 from .engines import Engine
 from .errors import RebirthError
 from .evaluate import batch_size
-from .init import least_squares
+from .init import least_squares, rescale
 from .init.fill import generator
 from .init.least_squares import Doubles, Floats, Moments
 from .init.reborn import group_of, stored, weight_and_bias
@@ -63,7 +64,7 @@ def fit(
     """
     if start.calibration is None or not any(layer.blobs for layer in net.layers):
         return reborn, []
-    work = _Fit(start.calibration, start.seed, engine, threads, tell)
+    work = _Fit(start.calibration, start, engine, threads, tell)
     return work.all(net, reborn, plan)
 
 
@@ -110,8 +111,10 @@ class _Target:
 class _Fit:
     """The fit of one net."""
 
-    def __init__(self, calibration: Calibration, seed: int, engine: Engine, threads: int, tell: Tell) -> None:
-        self.calibration, self.seed = calibration, seed
+    def __init__(
+        self, calibration: Calibration, start: Start, engine: Engine, threads: int, tell: Tell
+    ) -> None:
+        self.calibration, self.seed, self.lsq = calibration, start.seed, start.init == "lsq"
         self.engine, self.threads, self.tell = engine, threads, tell
 
     def all(self, before: Net, after: Net, plan: Plan) -> tuple[Net, list[Fitted]]:
@@ -121,7 +124,7 @@ class _Fit:
         bare = next((x for x, s in all_param_shapes(old.net).items() if s and not x.blobs), None)
         if bare is not None:
             raise RebirthError(
-                f"{bare.where}: has no weights to learn from; give complete weights or --init inherit"
+                f"{bare.where}: has no weights to learn from; give complete weights, or no --calibration"
             )
         names = {layer.name for layer in student.layers}
         merges = [merge for merge in plan.active if not merge.exact]
@@ -131,11 +134,14 @@ class _Fit:
         for number, (merge, specs) in enumerate(levels):
             level = _Level(old, _Side(student.with_blobs(made)), merge)
             targets = {spec.name: level.target(spec) for spec in specs}
+            if not self.lsq:  # the channels that a reducer has kept are as they were
+                targets = {n: t for n, t in targets.items() if isinstance(t, str) or t.need is None}
             wanted = {name: target for name, target in targets.items() if isinstance(target, _Target)}
             rows = self._rows(level, wanted, number, len(levels)) if wanted else {}
             for name, target in targets.items():
                 if isinstance(target, _Target):
-                    fitted, made[name] = _fitted(merge, level.new.net.layer(name), target, *rows[name])
+                    made_of = _fitted if self.lsq else _rescaled
+                    fitted, made[name] = made_of(merge, level.new.net.layer(name), target, *rows[name])
                 else:
                     fitted = Fitted(merge.id, name, note=target)
                 found.append(fitted)
@@ -305,14 +311,8 @@ def _fitted(
         y, start = y @ mix.astype(np.float32), mix.T @ target.kernels
     pieces: list[least_squares.Solution] = []
     before: list[float] = []
-    groups = group_of(layer)
-    for mine, wanted, own, shift in zip(
-        *(np.split(array, groups, axis) for array, axis in ((x, 1), (y, 1), (start, 0), (bias, 0))),
-        strict=True,
-    ):
-        before.append(
-            least_squares.error(mine[held], wanted[held], (own, shift.astype(np.float64)), target.relu)
-        )
+    for mine, wanted, own, shift in _groups(layer, x, y, start, bias):
+        before.append(least_squares.error(mine[held], wanted[held], (own, shift), target.relu))
         pieces.append(least_squares.fit(mine, wanted, held, target.relu, own))
     made = np.concatenate([piece.weight for piece in pieces]).reshape(weight.shape).astype(np.float32)
     moved = np.concatenate([piece.bias for piece in pieces]).astype(np.float32)
@@ -331,6 +331,35 @@ def _fitted(
         note="; ".join(notes),
     )
     return fitted, stored(layer, made, moved)
+
+
+def _rescaled(
+    merge: Merge, layer: Layer, target: _Target, x: Floats, y: Floats, held: Flags
+) -> tuple[Fitted, list[Array]]:
+    """What came of a layer whose channels are only scaled, and its blobs."""
+    weight, bias = weight_and_bias(layer)
+    flat: Doubles = weight.reshape(len(weight), -1).astype(np.float64)
+    factors: list[Doubles] = []
+    errors: list[tuple[float, float]] = []
+    for mine, wanted, own, shift in _groups(layer, x, y, flat, bias):
+        given = least_squares.outputs(mine[~held], (own, shift), target.relu)
+        factors.append(rescale.scales(given, wanted[~held]))
+        weights = (own, shift), (own * factors[-1][:, None], shift * factors[-1])
+        before, after = (least_squares.error(mine[held], wanted[held], w, target.relu) for w in weights)
+        errors.append((before, after))
+    factor = np.concatenate(factors)
+    before, after = np.mean(errors, axis=0)
+    fitted = Fitted(merge.id, layer.name, float(before), float(after), note=f"scaled by {factor.mean():.2f}")
+    made = (flat * factor[:, None]).reshape(weight.shape).astype(np.float32)
+    return fitted, stored(layer, made, (bias * factor).astype(np.float32))
+
+
+def _groups(
+    layer: Layer, x: Floats, y: Floats, weight: Doubles, bias: Array
+) -> Iterator[tuple[Floats, Floats, Doubles, Doubles]]:
+    """Rows, targets, weight and bias of each group of a layer."""
+    arrays = ((x, 1), (y, 1), (weight, 0), (bias.astype(np.float64), 0))
+    return zip(*(np.split(array, group_of(layer), axis) for array, axis in arrays), strict=True)
 
 
 def _some(

@@ -298,7 +298,8 @@ def rebirth(
         training: databases (and a solver template) to write the files of training for.
         caffe: where the Caffe is that verifies ``exact`` and computes ``calibration``, as in
             ``engines.caffe.find_caffe``.
-        calibration: the images of ``lsq``; by default those to train on. What is done to each is as in the
+        calibration: the images of ``lsq``, by default those to train on; where they are given, ``inherit``
+            scales by them what it copies (see ``init.rescale``). What is done to each is as in the
             net's Data layer, where it has one.
         sensitivity: measure every merge alone (see ``sensitivity``), on the test images of ``training``, too.
         tell: hears how many images of how many have been seen.
@@ -325,8 +326,9 @@ def rebirth(
     else:
         given = plan if isinstance(plan, Plan) else plans.load(Path(plan))
         proposal = Proposal(plans.select(net, given, only, skip, exact))
-    images = _images(net, training, calibration) if init == "lsq" or sensitivity else None
-    start = Start(init, seed, images if init == "lsq" else None)
+    fitting = init == "lsq" or (init == "inherit" and calibration is not None)
+    images = _images(net, training, calibration) if fitting or sensitivity else None
+    start = Start(init, seed, images if fitting else None)
     reborn = plans.apply(net, proposal.plan, init, seed)
     fitted: list[Fitted] = []
     if start.calibration is not None:

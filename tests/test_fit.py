@@ -19,6 +19,7 @@ from rebirth_caffe.engines.caffe import CaffeEngine
 from rebirth_caffe.engines.training import CaffeTrainer
 from rebirth_caffe.errors import RebirthError
 from rebirth_caffe.fit import fit
+from rebirth_caffe.init.rescale import MOST, scales
 from rebirth_caffe.retrain import Options, retrain
 from rebirth_caffe.transform import Transform
 from tests import tiny
@@ -44,10 +45,10 @@ def by_caffe(caffe):
     return CaffeEngine(caffe)
 
 
-def fitted(original, images, engine, kernel="keep", count=60):
+def fitted(original, images, engine, kernel="keep", count=60, init="lsq"):
     """The net after all its merges, as inherited and as fitted, and what came of each layer."""
     plan = plans.propose(original, kernel).plan
-    start = Start("lsq", 0, Calibration(str(images), count, TRANSFORM))
+    start = Start(init, 0, Calibration(str(images), count, TRANSFORM))
     inherited = plans.apply(original, plan)
     return inherited, *fit(original, inherited, plan, start, engine)
 
@@ -116,6 +117,26 @@ def test_a_reducer_takes_over_trained_channels(images, by_caffe):
     assert reborn.layer("3x3_reduce/rebirth").blobs[0].array.shape[:2] == (8, 10)
 
 
+def test_what_is_inherited_is_scaled_and_nothing_else(images, by_caffe, tmp_path):
+    """Channel by channel to where it is nearest to the original's; the channels left of a reducer stay."""
+    original = inception()
+    inherited, reborn, found = fitted(original, images, by_caffe, init="inherit")
+    assert [one.layer for one in found] == [f"{n}/rebirth" for n in ("a", "5x5", "3x3")]
+    assert all(one.after < one.before and one.ridge is None for one in found)
+    assert all(one.note.startswith("scaled by ") for one in found)
+    for one in found:
+        (w0, b0), (w1, b1) = ([b.array for b in n.layer(one.layer).blobs] for n in (inherited, reborn))
+        factor = np.einsum("ochw,ochw->o", w1, w0) / np.einsum("ochw,ochw->o", w0, w0)
+        assert np.allclose(w1, factor[:, None, None, None] * w0, atol=1e-6)
+        assert np.allclose(b1, factor * b0, atol=1e-6)
+        assert factor.std() > 0.01
+    for layer in ("3x3_reduce/rebirth", "5x5_reduce", "fc"):
+        assert reborn.layer(layer) is inherited.layer(layer)
+    wanted = output(original, by_caffe, tmp_path, "n")
+    errors = [((output(net, by_caffe, tmp_path, "n") - wanted) ** 2).mean() for net in (inherited, reborn)]
+    assert errors[1] < errors[0]
+
+
 def test_opencv_does_as_well(images, by_caffe):
     original = inception()
     _, _, found = fitted(original, images, by_caffe)
@@ -146,6 +167,18 @@ def test_layers_the_original_does_not_show_stay_as_they_were(images, by_caffe):
     assert one.note == "what it should put out is hidden behind 'p': as inherited"
     assert str(one) == f"a/rebirth: {one.note}"
     assert all(a is b for a, b in zip(inherited.layers, reborn.layers, strict=True))
+
+
+def test_the_factor_is_that_of_least_squares_through_the_origin():
+    random = np.random.default_rng(0)
+    p = np.maximum(random.normal(0, 1, (1000, 5)), 0).astype("f4")
+    y = p * np.array([2, 0.5, 100, 0, 3], "f4")
+    y[:, 4] = random.permutation(y[:, 4])  # as large, and nothing to do with p
+    p[:, 3] = 0
+    found = scales(p, y)
+    assert np.allclose(found[:4], [2, 0.5, MOST, 1])
+    assert found[4] == pytest.approx((y[:, 4] * p[:, 4]).mean() / (p[:, 4] ** 2).mean())
+    assert found[4] < 0.5 * y[:, 4].mean() / p[:, 4].mean()
 
 
 def test_images_of_another_size_are_refused(images, by_caffe):
@@ -260,6 +293,12 @@ def test_the_command(images, tmp_path):
     )
     assert done.returncode == 2
     command += ["--calibration", images, "--images", "40", "--mean-value", "70", "--scale", "0.02"]
+    scaled = [*command, "--init", "inherit", "--dry-run"]
+    assert "scaled by" in subprocess.run(scaled, capture_output=True, text=True, check=True).stdout
+    noise = subprocess.run([*command, "--init", "xavier"], capture_output=True, text=True, check=False)
+    assert noise.stderr.startswith(
+        "error: --calibration is for --init lsq and inherit, and for --sensitivity"
+    )
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "error as inherited" in done.stdout
     report = json.loads((tmp_path / "out/report.json").read_text())["fitted"]

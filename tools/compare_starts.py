@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Weights of the reborn layers, what is learned from then ("": labels alone), base_lr to choose from."""
+    """Weights of the reborn layers, what is learned from then ("": labels alone), base_lr to choose from, and
+    whether images are calibrated on."""
 
     init: str
     distil: str
     rates: tuple[float, ...]
+    images: bool = False
 
 
 # Learning from labels alone is by SGD, in which reborn layers learn ten times as fast, but not those that
@@ -39,11 +41,14 @@ _SGD, _FITTED, _ADAM = (0.0005, 0.001, 0.002, 0.004), (0.0005, 0.001, 0.002, 0.0
 STARTS = {
     "xavier": Beginning("xavier", "", _SGD),
     "inherit": Beginning("inherit", "", _SGD),
-    "lsq": Beginning("lsq", "", _FITTED),
+    "scaled": Beginning("inherit", "", _SGD, True),
+    "lsq": Beginning("lsq", "", _FITTED, True),
     "distil-images": Beginning("inherit", "images", _ADAM),
     "distil-labels": Beginning("inherit", "labels", _ADAM),
-    "lsq-distil-images": Beginning("lsq", "images", _ADAM),
-    "lsq-distil-labels": Beginning("lsq", "labels", _ADAM),
+    "scaled-distil-images": Beginning("inherit", "images", _ADAM, True),
+    "scaled-distil-labels": Beginning("inherit", "labels", _ADAM, True),
+    "lsq-distil-images": Beginning("lsq", "images", _ADAM, True),
+    "lsq-distil-labels": Beginning("lsq", "labels", _ADAM, True),
 }
 SOLVERS = {
     True: 'type: "Adam"\nmomentum: 0.9\nmomentum2: 0.999\n',
@@ -83,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--seeds", type=_wholes, default=(1, 2, 3), help="default: 1,2,3")
     p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="auto", help="default: auto")
     p.add_argument(
-        "--images", type=cli.positive, default=1024, help="of --fit, to calibrate lsq on (default: 1024)"
+        "--images", type=cli.positive, default=1024, help="of --fit, to calibrate on (default: 1024)"
     )
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
     engine_options(p)
@@ -192,7 +197,7 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
             seed=job.seed,
             training=training,
             caffe=args.caffe,
-            calibration=Calibration(args.fit, args.images) if begin.init == "lsq" else None,
+            calibration=Calibration(args.fit, args.images) if begin.images else None,
         )
         made.write(home)
     segment = max(100, job.iterations // 20)

@@ -52,8 +52,9 @@ def parse_args() -> argparse.Namespace:
                    help="weights of reborn layers: noise as in the paper, the absorbed layers', or fitted to "
                    "what the original does with images (default: inherit)")  # fmt: skip
     p.add_argument("--calibration", metavar="IMAGES",
-                   help="images for lsq, without labels: an LMDB, a folder, a list (default: --train-data); "
-                   "for a deploy net with --mean-value, --scale, --crop as it was trained")  # fmt: skip
+                   help="images for lsq, or for inherit to scale by what it copies, without labels: an LMDB, "
+                   "a folder, a list (default: for lsq, --train-data); for a deploy net with "
+                   "--mean-value, --scale, --crop as it was trained")  # fmt: skip
     p.add_argument("--images", metavar="N", type=cli.positive, help="of them, to use (default: 1024)")
     p.add_argument("--sensitivity", action="store_true",
                    help="measure, too, what each merge alone saves and loses, in every geometry (needs "
@@ -93,8 +94,10 @@ def parse_args() -> argparse.Namespace:
     learning = "--sensitivity" if args.sensitivity else "--init lsq" if args.init == "lsq" else ""
     if learning and args.weights and not (args.calibration or args.train_data):
         p.error(f"{learning} learns from images; give --calibration")
-    if not learning and (args.calibration or args.images):
-        p.error("--calibration and --images are for --init lsq and --sensitivity")
+    if not learning and args.calibration and args.init == "xavier":
+        p.error("--calibration is for --init lsq and inherit, and for --sensitivity")
+    if not learning and args.images and not args.calibration:
+        p.error("--images says how many of --calibration; give that")
     if args.sensitivity and not args.weights:
         p.error("--sensitivity tells what trained weights lose; give --weights")
     return args
@@ -154,7 +157,7 @@ def main() -> None:
 @contextmanager
 def _progress(args: argparse.Namespace) -> Iterator[Tell]:
     """A bar, where there is something to wait for."""
-    if args.init != "lsq" and not args.sensitivity:
+    if args.init != "lsq" and not args.sensitivity and args.calibration is None:
         yield lambda done, total: None
         return
     from rebirth_caffe.evaluate import show_progress
