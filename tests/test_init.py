@@ -10,6 +10,7 @@ from rebirth_caffe import plan as plans
 from rebirth_caffe.caffemodel import read
 from rebirth_caffe.errors import NetError
 from rebirth_caffe.init.fill import fill, fill_missing, generator
+from rebirth_caffe.init.rescale import pooled
 from rebirth_caffe.merge import Merge, Spec
 from rebirth_caffe.net import Net
 from rebirth_caffe.plan import Plan
@@ -40,7 +41,8 @@ def blobs(net, name):
 
 def test_the_first_kernel_is_the_originals_and_sits_where_its_window_looks(weights):
     original = Net.load(GOOGLENET, weights)
-    kernel, bias = blobs(original, "conv1/7x7_s2")
+    # GoogLeNet's LRN leaves small activations alone; the pool of nine is made up for.
+    kernel, bias = (blob * np.float32(pooled(9)) for blob in blobs(original, "conv1/7x7_s2"))
     keep, keep_bias = blobs(rebirth(GOOGLENET, weights).net, "conv1/7x7_s2/rebirth")
     assert np.array_equal(keep, kernel)
     assert np.array_equal(keep_bias, bias)
@@ -49,6 +51,33 @@ def test_the_first_kernel_is_the_originals_and_sits_where_its_window_looks(weigh
     assert np.array_equal(auto[:, :, 1:, 1:], kernel)  # centred at 4i + 2 as conv and pool together
     assert not auto[:, :, 0].any()
     assert not auto[:, :, :, 0].any()
+
+
+@pytest.mark.parametrize("correlation", [0, 0.3, 0.6, 0.8])
+@pytest.mark.parametrize("taps", [1, 4, 9])
+def test_what_a_max_pool_is_expected_to_do(taps, correlation):
+    """Against a million of them, as correlated as neighbours may be."""
+    random = np.random.default_rng(0)
+    common = random.normal(0, 1, (100_000, 1))
+    x = math.sqrt(correlation) * common + math.sqrt(1 - correlation) * random.normal(0, 1, (100_000, taps))
+    p, y = np.maximum(x[:, 0], 0), np.maximum(x.max(axis=1), 0)
+    found = (y * p).mean() / (p * p).mean()
+    assert pooled(taps) == pytest.approx(found, abs=0.02 if correlation == 0 else 0.07)
+
+
+def test_only_what_the_merge_drops_behind_a_relu_is_made_up_for():
+    """Not a pool of linear outputs, whose mean is not raised so; of LRN what it does to small activations."""
+    tail = [lrn("n", "p", "k: 2 beta: 0.75"), fc("fc", "n")]
+    for middle, factor in (
+        ([relu("r", "a"), pool("p", "a", 2, 2)], pooled(4) * 2**-0.75),
+        ([pool("p", "a", 2, 2), relu("r", "p")], pooled(4) * 2**-0.75),
+        ([relu("r", "a"), pool("p", "a", 2, 2, "pool: AVE")], 2**-0.75),
+        ([pool("p", "a", 2, 2)], 1),
+    ):
+        one = with_weights(build(conv("a", "data", 6, 3), *middle, *tail))
+        reborn = merge(one)[1]
+        for new, old in zip(blobs(reborn, "a/rebirth"), blobs(one, "a"), strict=True):
+            assert np.allclose(new, np.float32(factor) * old, atol=1e-7)
 
 
 def test_a_halved_reducer_keeps_its_strongest_channels_and_its_reader_their_columns(weights):

@@ -6,21 +6,26 @@ Inherit, for each range of output channels (``Rows``) of a reborn convolution:
 - from an absorbed branch: that branch's kernel as a function of the merge's input, seen through what is left
   of the absorber's own reducers: W_branch pinv(W_reducer), at its place;
 - from the input itself, passed on by an absorbed pool: the identity, likewise.
-What has no source comes from the filler.
+What has no source comes from the filler. Where the merge drops max pooling or LRN behind the layer, all of
+it is scaled by what these are expected to do (see ``rescale``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .. import params
 from ..caffemodel import Array
 from ..merge import IN, TENSOR, Merge, Rows, Spec
 from ..net import Layer, Net
+from ..rules.match import plain_relu
 from ..schema import caffe_pb2
 from .fill import XAVIER, fill, generator
+from .rescale import pooled
 
 # A reducer's filter this much weaker than the strongest has died in training; nothing is seen through it.
 DEAD = 1e-2
@@ -58,6 +63,8 @@ def reborn(net: Net, merge: Merge, method: str, seed: int) -> dict[str, list[Arr
         if not spec.kept:
             if method != "xavier":
                 weight, bias, chosen = _inherit(net, merge, spec, source, blobs[IN], seed)
+                factor = np.float32(_dropped(net, merge, layer))
+                weight, bias = weight * factor, bias * factor
             else:
                 weight, bias = _xavier(layer, spec, source, seed)
             out[spec.name] = stored(layer, weight, bias)
@@ -172,6 +179,25 @@ def _inherit(
     for where, own, own_bias in pieces:
         new_weight[where], new_bias[where] = own, own_bias
     return new_weight, new_bias, chosen
+
+
+def _dropped(net: Net, merge: Merge, layer: Layer) -> float:
+    """The factor that stands for the max pooling and LRN that ``merge`` drops behind a layer and its ReLU."""
+    factor, relu = 1.0, False
+    while True:
+        behind = [x for x, _ in net.graph.readers(layer) if x.name in merge.layers]
+        if not behind:
+            return factor if relu else 1.0
+        layer = behind[0]
+        if layer.type in TENSOR:
+            return 1.0
+        relu |= plain_relu(layer)
+        if layer.name in merge.absorbs and layer.type == "LRN":
+            factor *= layer.param.lrn_param.k**-layer.param.lrn_param.beta  # where activations are small
+        if layer.name in merge.absorbs and layer.type == "Pooling":
+            pool = params.pool(layer.param)
+            if pool.method == "MAX" and pool.kernel is not None:
+                factor *= pooled(math.prod(pool.kernel))
 
 
 def _num_output(layer: Layer) -> int:
