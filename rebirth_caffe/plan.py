@@ -353,13 +353,22 @@ def _apply_batch(net: Net, batch: list[Merge], init: str, seed: int) -> Net:
         if not merge.becomes and b.outs
     }
 
+    names: dict[tuple[Layer, int], str] = {}
+
     def read_name(layer: Layer, index: int) -> str:
-        name = layer.bottom[index]
-        for producer in graph.producers(layer, index):
-            if producer is not None and (producer, producer.top.index(name)) in vanished:
-                # The group whose output vanished may itself have read one that did.
-                return read_name(*vanished[producer, producer.top.index(name)])
-        return name
+        # The group whose output vanished may itself have read one that did, and so on for thousands.
+        at, way = (layer, index), [(layer, index)]
+        while at not in names:
+            name = at[0].bottom[at[1]]
+            makers = [(p, p.top.index(name)) for p in graph.producers(*at) if p is not None]
+            gone = next((maker for maker in makers if maker in vanished), None)
+            if gone is None:
+                names[at] = name
+            else:
+                at = vanished[gone]
+                way.append(at)
+        names.update(dict.fromkeys(way, names[at]))
+        return names[at]
 
     made: list[list[Layer]] = []
     for merge, group, around in zip(batch, groups, borders, strict=True):

@@ -29,13 +29,15 @@ def propose(m: Matcher, found: Findings) -> None:
 
 def propose_dead(m: Matcher, found: Findings) -> None:
     """Every group of layers of a deploy net that feeds no output."""
+    gone: set[Layer] = set()
     for group in _groups(m.graph, _dead(m.graph) - found.taken):
-        reason = _needed(m, group)
+        reason = _needed(m, group, gone)
         if reason is not None:
             found.refuse(reason, group)
         else:
             names = tuple(layer.name for layer in group)
             found.add(Merge(found.id(f"unused:{names[-1]}"), "drop", "", names, ()), group)
+            gone.update(group)
 
 
 def passes_on(layer: Layer) -> bool:
@@ -73,22 +75,31 @@ def _dead(graph: Graph) -> set[Layer]:
 
 def _groups(graph: Graph, dead: set[Layer]) -> list[list[Layer]]:
     """Dead layers that read each other's tops, in the file's order."""
-    groups: list[list[Layer]] = []
+    place = graph.net.places
+    group_of: dict[Layer, list[Layer]] = {}
     for layer in (x for x in graph.net.layers if x in dead):
-        producers = {p for i in range(len(layer.bottom)) for p in graph.producers(layer, i)}
-        feeding = [group for group in groups if not producers.isdisjoint(group)]
-        groups = [group for group in groups if group not in feeding]
-        groups.append([*(x for group in feeding for x in group), layer])
-    return groups
+        makers = {p for i in range(len(layer.bottom)) for p in graph.producers(layer, i) if p in group_of}
+        joined = sorted({id(group_of[p]): group_of[p] for p in makers}.values(), key=len) or [[]]
+        for group in joined[:-1]:  # the smaller ones into the largest: no layer moves often
+            joined[-1].extend(group)
+        joined[-1].append(layer)
+        group_of.update(dict.fromkeys([layer, *(x for group in joined[:-1] for x in group)], joined[-1]))
+    groups = [
+        sorted(group, key=place.__getitem__) for group in {id(g): g for g in group_of.values()}.values()
+    ]
+    return sorted(groups, key=lambda group: place[group[-1]])
 
 
-def _needed(m: Matcher, group: list[Layer]) -> str | None:
-    """Why dead layers have to stay."""
+def _needed(m: Matcher, group: list[Layer], gone: set[Layer]) -> str | None:
+    """Why dead layers have to stay when those that are ``gone`` do not."""
     nameless = next((x for x in group if not x.name or m.names[x.name] > 1), None)
     if nameless is not None:
         return f"'{nameless.name}' is a name that is not its own"
+    inside = set(group)
     for view in m.graph.views:
         for value in (value for layer in group for value in view.bottoms.get(layer, [])):
-            if value.producer not in group and all(reader in group for reader, _ in value.readers):
+            # From the last reader on: the first ones are those that are gone.
+            staying = (r for r, _ in reversed(value.readers) if r not in inside and r not in gone)
+            if value.producer not in inside and next(staying, None) is None:
                 return f"'{value.name}' would become an output of the net"
     return None

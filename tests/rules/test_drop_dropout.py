@@ -105,3 +105,11 @@ def test_a_train_val_keeps_it_and_its_deploy_net_does_not(name):
     assert not [merge.id for merge in result.merges if merge.kind == "drop"]
     assert "Dropout" not in [x.type for x in result.deploy.layers]
     assert "Dropout" in [x.type for x in deploy(result.net).layers]
+
+
+def test_thousands_in_a_row_are_removed_together():
+    """More than Python calls functions in each other."""
+    body = [dropout(f"d{i}", f"d{i - 1}" if i else "c", f"d{i}") for i in range(1500)]
+    _, reborn = rebirth(net(conv("c", "data", 4), *body, fc("fc", "d1499")))
+    assert layers(reborn) == ["c", "fc"]
+    assert reborn.layer("fc").bottom == ("c",)

@@ -94,3 +94,14 @@ def test_a_train_val_keeps_its_silences():
     data = layer("data", "DummyData", "", "data label", f"dummy_data_param {{ {shapes} }}")
     body = [data, C, *DEAD, fc("fc", "c"), layer("loss", "SoftmaxWithLoss", "fc label")]
     assert not rebirth(net(*body, size=()))[0].plan.merges
+
+
+def test_a_blob_that_only_dead_layers_read_keeps_one_of_them():
+    """Together they would make it an output; a net of nothing else keeps a layer."""
+    dead = []
+    for i in "abc":
+        dead += [relu(f"r{i}", "data", f"o{i}"), layer(f"s{i}", "Silence", f"o{i}", "")]
+    proposal, reborn = rebirth(net(*dead), exact=True)
+    assert [merge.absorbs for merge in merges(proposal).values()] == [("ra", "sa"), ("rb", "sb")]
+    assert reasons(proposal) == {("rc", "sc"): "'data' would become an output of the net"}
+    assert layers(reborn) == ["rc", "sc"]
