@@ -445,6 +445,7 @@ class _Upgrade:
                 "layers { } without the layer { } inside that those in line "
                 f"{pieces[inner.index(True)].line} have: Caffe would drop what it says; use one format",
             )
+        self.changed = True  # also where nothing but padding layers stood, and nothing is left
         kept = self._without_padding(pieces, layers)
         for piece, layer in zip(pieces, layers, strict=True):
             if piece in kept:
