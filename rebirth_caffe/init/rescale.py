@@ -7,7 +7,7 @@ s that brings it nearest to the original's y, by least squares through the origi
     s = mean(y p) / mean(p^2)
 
 which makes up for a lost pool as far as p still tells y. The ratio of the means would keep the mean but blow
-up what p has nothing to do with y, layer by layer, and such a net learns worse than a plain copy.
+up what in p has nothing to do with y, layer by layer.
 """
 
 from __future__ import annotations
