@@ -185,8 +185,10 @@ def side_by_side(reborn: Net, teacher: Teacher, targets: Sequence[Target], sourc
     """The train net of ``reborn`` (a train_val) beside its original, with the weights of both.
 
     ``source``: LABELS or IMAGES. Layers and blobs of the reborn net keep their names, so that what was
-    trained goes back into it; Dropout is left out.
+    trained goes back into it; Dropout is left out. Raises RebirthError for another source.
     """
+    if source not in SOURCES:
+        raise RebirthError(f"--distil {source}: give one of {', '.join(SOURCES)}")
     student = plans.without_dropout(reborn)
     view = student.graph.view(TRAIN)
     kept = {layer for layer in view.layers if layer.type != "Accuracy"}

@@ -76,8 +76,10 @@ class Plan:
         """What there is to train, in order; ``schedule`` is one of SCHEDULES.
 
         ``steps``: a stage after the other, from bottom to top. ``joint``: all at once. ``joint-then-steps``:
-        all at once, then the layers of one stage after the other once more.
+        all at once, then the layers of one stage after the other once more. Raises PlanError for another.
         """
+        if schedule not in SCHEDULES:
+            raise PlanError(f"schedule {schedule}: give one of {', '.join(SCHEDULES)}")
         inexact = [merge for merge in self.active if not merge.exact]
         stages = [Step(s, tuple(m for m in inexact if m.stage == s)) for s in self.stages]
         stages = [step for step in stages if step.merges]

@@ -130,6 +130,8 @@ def test_a_net_that_was_not_changed_has_nothing_to_learn(original, teacher, targ
 
 
 def test_without_labels_none_are_read(reborn, teacher, targets, in_caffe, tmp_path):
+    with pytest.raises(RebirthError, match="--distil scores: give one of labels, images"):
+        side_by_side(reborn, teacher, targets, "scores", 0.9)
     net = side_by_side(reborn, teacher, targets, "images", 0.9)
     assert {layer.type for layer in net.layers if "Loss" in layer.type} == {"EuclideanLoss"}
     assert not [layer for layer in net.layers if "label" in (*layer.bottom, *layer.top)]

@@ -198,6 +198,8 @@ def test_the_other_schedules():
         (s.name, (), s.merges, s.new) for s in steps
     ]
     assert Plan("x", ()).steps("joint") == Plan("x", ()).steps("joint-then-steps") == []
+    with pytest.raises(PlanError, match="schedule jiont: give one of steps, joint, joint-then-steps"):
+        plan.steps("jiont")
 
 
 def test_each_merge_stands_alone():

@@ -19,10 +19,12 @@ import lmdb
 import pytest
 
 from rebirth_caffe import caffemodel
+from rebirth_caffe.distil import SOURCES
 from rebirth_caffe.errors import RebirthError
 from rebirth_caffe.init import METHODS
 from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.net import Net
+from rebirth_caffe.plan import SCHEDULES
 from rebirth_caffe.rebirth import FILES, rebirth
 from rebirth_caffe.rules import KERNELS
 from rebirth_caffe.schema import caffe_pb2
@@ -651,7 +653,7 @@ def test_no_arguments(tmp_path):
 
 def test_the_choices_are_those_of_the_package():
     said = good("--help")
-    for words in (KERNELS, METHODS):
+    for words in (KERNELS, METHODS, SCHEDULES, (*SOURCES, "no")):
         assert f"{{{','.join(words)}}}" in said
 
 
