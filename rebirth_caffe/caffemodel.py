@@ -92,8 +92,12 @@ class Blob:
 
     @cached_property
     def array(self) -> Array:
-        """The values, shaped; a read-only view of the file where it stores float32 in one piece."""
-        parts = [np.frombuffer(data, dtype).astype(np.float32, copy=False) for data, dtype in self._data]
+        """The values, shaped; a read-only view of the file where it stores float32 in one piece.
+
+        Doubles beyond float32 are infinite, as in Caffe.
+        """
+        with np.errstate(over="ignore"):
+            parts = [np.frombuffer(data, dtype).astype(np.float32, copy=False) for data, dtype in self._data]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.float32)])
         return values.reshape(self.shape)
 

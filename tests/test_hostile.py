@@ -12,6 +12,7 @@ import pytest
 from rebirth_caffe.errors import MAX_LENGTH, RebirthError
 from rebirth_caffe.net import Net
 from rebirth_caffe.rebirth import rebirth
+from rebirth_caffe.schema import caffe_pb2
 from tests.test_caffemodel import TEXT, current
 
 ROOT = Path(__file__).parents[1]
@@ -126,6 +127,17 @@ def given(tmp_path: Path) -> Path:
     (tmp_path / "net.prototxt").write_text(TEXT)
     (tmp_path / "net.caffemodel").write_bytes(current())
     return tmp_path
+
+
+def test_values_beyond_float32_are_infinite_and_told_of_in_one_line(given):
+    message = caffe_pb2.NetParameter.FromString(current())
+    blob = message.layer[1].blobs[1]
+    blob.double_data[:] = [1e300] * len(blob.data)
+    del blob.data[:]
+    weights = given / "net.caffemodel"
+    weights.write_bytes(message.SerializeToString())
+    net = given / "net.prototxt"
+    refused(tool("rebirth_net.py", net, "--weights", weights), "NaN or infinite in 'conv' (6); the training")
 
 
 SKIP = ("--skip", "fold:conv")  # its variances are not all above zero

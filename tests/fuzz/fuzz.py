@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,9 @@ def one(read: Callable[[Path], None], data: bytes, path: Path) -> bool:
     path.write_bytes(data)
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
-        read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it would be printed, beside the one line
+            read(path)
         return True
     except RebirthError as error:
         said = str(error)
