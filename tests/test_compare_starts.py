@@ -72,4 +72,4 @@ def test_an_unknown_start_is_refused(tmp_path):
         [sys.executable, TOOL, tmp_path, "--starts", "lsq,best"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "'best' is none of xavier, inherit, lsq" in done.stderr
+    assert "'best' is none of xavier, inherit, scaled, lsq, " in done.stderr

@@ -37,6 +37,17 @@ def test_ten_times_the_layers_cost_at_most_eleven_times_as_much(exact, tmp_path:
     assert calls[1] <= 11 * calls[0]
 
 
+def test_ten_times_as_many_activations_in_a_row_too(tmp_path: Path):
+    calls = []
+    for count in (200, 2000):
+        path = tmp_path / f"{count}.prototxt"
+        path.write_text(net(conv("c", "data", 3, 3), *(relu(f"r{i}", "c") for i in range(count))).text())
+        profile = cProfile.Profile()
+        profile.runcall(rebirth, path)
+        calls.append(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+    assert calls[1] <= 11 * calls[0]
+
+
 def test_ten_thousand_layers_take_seconds(tmp_path: Path):
     (tmp_path / "long.prototxt").write_text(residual(1250))
     start = time.process_time()

@@ -481,9 +481,9 @@ BAD_NETS = {
         ":20: kernel_size: expected a number or word, found the string",
     ),
     "num_output of -1": (changed("num_output: 32", "num_output: -1"), ":18: num_output: -1 is outside 0"),
-    "an image of no size": (
-        changed("dim: 3 dim: 32 dim: 32", "dim: 3 dim: 0 dim: 0"),
-        "layer 'conv1/5x5'|layer 'data'",
+    "an image of less than no size": (
+        changed("dim: 3 dim: 32 dim: 32", "dim: 3 dim: -1 dim: 32"),
+        ":4: layer 'data': its output would be 1x3x-1x32; correct the sizes",
     ),
     "a thousand levels": ("a {" * 1000, ":1: messages nested more than 100 deep; not a net"),
 }

@@ -186,7 +186,7 @@ def follow(m: Matcher, start: Layer, activations: Iterable[Layer] = ()) -> Chain
                 chain.refusal, chain.beyond = m.why_not_only(at, looked[0]), (looked[0],)
             break
         if following.type in ACTIVATION and m.simple(following):
-            if met and not all(map(plain_relu, [*met, following])):
+            if met and not (plain_relu(met[-1]) and plain_relu(following)):
                 break
             met.append(following)
         elif following.type in ABSORBED:
