@@ -192,6 +192,8 @@ def read(path: Path | str) -> Weights:
     """Read a caffemodel, binary or HDF5. Raises WeightsError where it is not one, or is cut short."""
     path = Path(path)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe may never end
+            raise WeightsError(f"{path}: is a pipe or a device; give a file that holds the weights")
         with path.open("rb") as file:
             if file.read(len(_HDF5)) == _HDF5:
                 return _read_hdf5(path)

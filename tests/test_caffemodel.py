@@ -1,6 +1,7 @@
 """Weights files: every storage read, kept byte for byte, exchanged with real Caffe; broken ones refused."""
 
 import filecmp
+import os
 import resource
 import subprocess
 import sys
@@ -454,6 +455,13 @@ def test_hdf5_that_is_no_caffemodel(tmp_path):
     for size in (9, 100, len(whole) // 2):
         path.write_bytes(whole[:size])
         with pytest.raises(WeightsError, match="HDF5 that cannot be read: "):
+            read(path)
+
+
+def test_what_never_ends_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/zero", tmp_path / "pipe"):
+        with pytest.raises(WeightsError, match=f"{path}: is a pipe or a device; give a file"):
             read(path)
 
 
