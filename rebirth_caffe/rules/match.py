@@ -176,7 +176,8 @@ def follow(m: Matcher, start: Layer, activations: Iterable[Layer] = ()) -> Chain
     be absorbed are part of it only where they repeat one of the chain's.
     """
     chain = Chain()
-    met = list(activations)
+    before = list(activations)
+    met, idle = bool(before), all(map(plain_relu, before))  # whether another plain one does nothing
     at = start
     while True:
         following = m.only_reader(at)
@@ -186,9 +187,9 @@ def follow(m: Matcher, start: Layer, activations: Iterable[Layer] = ()) -> Chain
                 chain.refusal, chain.beyond = m.why_not_only(at, looked[0]), (looked[0],)
             break
         if following.type in ACTIVATION and m.simple(following):
-            if met and not (plain_relu(met[-1]) and plain_relu(following)):
+            if met and not (idle and plain_relu(following)):
                 break
-            met.append(following)
+            met, idle = True, idle and plain_relu(following)
         elif following.type in ABSORBED:
             reason = unabsorbable(m, following)
             if reason is not None:
