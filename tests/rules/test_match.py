@@ -228,9 +228,9 @@ def test_views_of_a_chain():
 
 @pytest.mark.parametrize(
     ("kinds", "followed"),
-    [(("ReLU", "ReLU"), ["behind"]), (("PReLU", "ReLU"), []), (("ReLU", "PReLU"), [])],
+    [(("ReLU", "ReLU"), ["behind", "p"]), (("PReLU", "ReLU"), []), (("ReLU", "PReLU"), [])],
 )
 def test_an_activation_is_idle_only_behind_plain_ones(kinds, followed):
     met = [relu(f"met{i}", "b", kind=kind) for i, kind in enumerate(kinds)]
-    m = matcher(conv("a", "data", 4), relu("behind", "a"), conv("b", "data", 4), *met)
+    m = matcher(conv("a", "data", 4), relu("behind", "a"), pool("p", "a"), conv("b", "data", 4), *met)
     assert chain(m, "a", "met0", "met1") == followed
