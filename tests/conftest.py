@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 
 from rebirth_caffe.engines.caffe import Caffe, find_caffe
 from rebirth_caffe.errors import EngineError
+
+# A shell's background job ignores these, and so would every child that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

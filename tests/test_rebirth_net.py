@@ -803,9 +803,9 @@ def test_a_failure_after_each_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_while_reading(number, status, tmp_path):
-    pipe = tmp_path / "w.caffemodel"
+    pipe = tmp_path / "net.prototxt"
     os.mkfifo(pipe)
-    child = start(DEPLOY, "--weights", pipe, "--out", tmp_path / "a" / "out")
+    child = start(pipe, "--out", tmp_path / "a" / "out")
     with pipe.open("wb"):  # opens when the child does
         child.send_signal(number)
         said = child.communicate(timeout=20)
