@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 
 from tests import tiny
@@ -38,6 +39,11 @@ def compare(tiny_net, tmp_path, *more):
     return [json.loads(line) for line in out.read_text().splitlines()], done.stdout
 
 
+def plot(*arguments):
+    command = [sys.executable, tiny.ROOT / "tools/plot_starts.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
     options = ("--starts", "inherit,lsq-distil-images", "--rates", "0.001,0.01")
     lines, said = compare(tiny_net, tmp_path, *options)
@@ -53,6 +59,15 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
         assert tested["final"]["macs"] < tested["original"]["macs"]
     again, _ = compare(tiny_net, tmp_path, *options)
     assert again == lines  # nothing is done twice
+    picture = tmp_path / "starts.png"
+    done = plot(tmp_path / "starts.jsonl", picture)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    drawn = cv2.imread(str(picture))
+    assert drawn is not None
+    assert drawn.std() > 10
+    done = plot(tmp_path / "starts.jsonl", picture, "--iterations", "2")  # those chose the rate
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {tmp_path}/starts.jsonl: no run of 2 iterations to draw\n"
 
 
 def test_lsq_on_torch_is_fitted_to_images_it_learns_from(tiny_net, tmp_path):

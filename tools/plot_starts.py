@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Draw what compare_starts.py wrote: top-1 of every start against iterations and against seconds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rebirth_caffe import cli
+from rebirth_caffe.errors import RebirthError
+
+
+def parse_args() -> argparse.Namespace:
+    p = cli.Parser(description=__doc__.splitlines()[0])
+    p.add_argument("runs", metavar="JSONL", type=Path, help="compare_starts.py's --out")
+    p.add_argument("picture", metavar="PNG", type=Path)
+    p.add_argument(
+        "--iterations", type=cli.positive, help="draw the runs of this length (default: the longest)"
+    )
+    return p.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    lines = args.runs.read_text("utf-8").splitlines()
+    runs = [run for run in map(json.loads, lines) if not run["job"]["held_out"]]
+    length = args.iterations or max((run["job"]["iterations"] for run in runs), default=0)
+    starts: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for run in runs:
+        if run["job"]["iterations"] == length:
+            starts[run["job"]["start"]].append(run)
+    if not starts:
+        raise RebirthError(f"{args.runs}: no run of {length:,} iterations to draw")
+    draw(starts, args.picture)
+
+
+def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+    """A line for each start: the mean over its seeds, in a band from the lowest to the highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    with pyplot.rc_context(style):
+        figure, panes = pyplot.subplots(1, 2, figsize=(12, 5.5), sharey=True, layout="constrained")
+        for start, runs in sorted(
+            starts.items(), key=lambda item: -mean(r["final"]["top1"] for r in item[1])
+        ):
+            ends = ", ".join(f"{run['final']['top1']:.2%}" for run in runs)
+            iterations = [x for x, _ in curve(runs[0])]
+            heights = list(zip(*([100 * y for _, y in curve(run)] for run in runs), strict=True))
+            # Tests are not timed one by one: an iteration costs the same throughout a run.
+            each = mean(run["seconds"] / run["job"]["iterations"] for run in runs)
+            for axes, scale in zip(panes, (1.0, each), strict=True):
+                xs = [scale * x for x in iterations]
+                (line,) = axes.plot(xs, [mean(h) for h in heights], ".-", label=f"{start} ({ends})")
+                axes.fill_between(
+                    xs,
+                    [min(h) for h in heights],
+                    [max(h) for h in heights],
+                    color=line.get_color(),
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        for axes, name in zip(panes, ("iterations", "seconds of training"), strict=True):
+            axes.set(xlabel=name, xlim=(0, None))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+            axes.grid(axis="y", color="0.88", linewidth=0.8)
+            originals = {run["original"]["top1"] for runs in starts.values() for run in runs}
+            for top1 in originals:
+                axes.axhline(100 * top1, color="#666666", linewidth=1, linestyle="--")
+        panes[0].set_ylabel("top-1 on the test data, %; dashed: the original")
+        panes[1].legend(fontsize=9, frameon=False, loc="lower right")
+        figure.savefig(picture, dpi=110, format="png")
+        pyplot.close(figure)
+
+
+def curve(run: dict[str, Any]) -> list[tuple[int, float]]:
+    """Iterations and top-1 of the attempt that counts, from the first test to the last."""
+    last = run["curve"][-1]
+    counts = [e for e in run["curve"] if (e["attempt"], e["rate"]) == (last["attempt"], last["rate"])]
+    points = {e["iteration"]: e["top1"] for e in counts}
+    points[run["job"]["iterations"]] = run["final"]["top1"]
+    return sorted(points.items())
+
+
+if __name__ == "__main__":
+    cli.run(main)
