@@ -13,10 +13,8 @@ stays 1 and L_labels is left out. The teacher has no backward pass: nothing in i
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -25,7 +23,7 @@ from . import solver
 from .caffemodel import Record
 from .data import open_lmdb
 from .derive import DATA, deploy
-from .engines import Engine
+from .engines import Engine, running
 from .errors import NetError, RebirthError
 from .evaluate import batches
 from .merge import OUT, Merge
@@ -133,12 +131,9 @@ class Teacher:
 
         A blob that is the same for all of them teaches nothing and is left out.
         """
-        with tempfile.TemporaryDirectory(prefix="rebirth.") as folder, open_lmdb(self.database) as lmdb:
-            files = Path(folder) / "teacher.prototxt", Path(folder) / "teacher.caffemodel"
-            self.net.write(files[0])
-            self.net.write_weights(files[1])
+        with open_lmdb(self.database) as lmdb:
             total = min(images, len(lmdb))
-            with engine.open(*files, threads=threads, batch=min(50, total)) as session:
+            with running(engine, self.net, threads=threads, batch=min(50, total)) as session:
                 shapes = session.blobs()
                 sums = {blob: np.zeros(2) for blob in blobs}
                 seen = 0

@@ -12,11 +12,9 @@ reducer and of the absorbed branches, that tell best what the layer above needs.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +24,7 @@ from . import plan as plans
 from .caffemodel import Array
 from .calibration import Calibration, Fitted, Start, Tell
 from .derive import deploy
-from .engines import Engine
+from .engines import Engine, running
 from .errors import RebirthError
 from .evaluate import batch_size
 from .init import least_squares, rescale
@@ -186,20 +184,16 @@ class _Fit:
         if not made:
             yield lambda images: {side.input: images}
             return
-        with tempfile.TemporaryDirectory(prefix="rebirth-") as folder:
-            part, files = side.part(made), (Path(folder, "part.prototxt"), Path(folder, "part.caffemodel"))
-            part.write(files[0])
-            part.write_weights(files[1])
-            with self.engine.open(*files, threads=self.threads, batch=size) as session:
-                takes = session.blobs()[side.input]  # an engine may not follow the batch
+        with running(self.engine, side.part(made), threads=self.threads, batch=size) as session:
+            takes = session.blobs()[side.input]  # an engine may not follow the batch
 
-                def forward(images: Floats) -> dict[str, Floats]:
-                    full = np.zeros(takes, np.float32)
-                    full[: len(images)] = images
-                    found = session.forward({side.input: full}, made)
-                    return {side.input: images, **{name: blob[: len(images)] for name, blob in found.items()}}
+            def forward(images: Floats) -> dict[str, Floats]:
+                full = np.zeros(takes, np.float32)
+                full[: len(images)] = images
+                found = session.forward({side.input: full}, made)
+                return {side.input: images, **{name: blob[: len(images)] for name, blob in found.items()}}
 
-                yield forward
+            yield forward
 
 
 def _levels(merge: Merge, names: set[str]) -> list[list[Spec]]:

@@ -10,7 +10,6 @@ What it found, sensitivity.json, tells ``retrain`` which merge to leave out firs
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from statistics import median
 from . import plan as plans
 from .calibration import Start, Tell
 from .derive import deploy
-from .engines import Engine
+from .engines import Engine, running
 from .errors import RebirthError
 from .evaluate import evaluate_net
 from .fit import fit
@@ -181,12 +180,7 @@ def _price(one: Alone, top1: float | None) -> Price:
 
 def _milliseconds(nets: list[Net], engine: Engine) -> list[float]:
     """The median time of one image of each net, in turn."""
-    with tempfile.TemporaryDirectory(prefix="rebirth-") as folder, ExitStack() as stack:
-        sessions = []
-        for number, net in enumerate(nets):
-            files = Path(folder, f"{number}.prototxt"), Path(folder, f"{number}.caffemodel")
-            deployed = plans.without_dropout(deploy(net))
-            deployed.write(files[0])
-            deployed.write_weights(files[1])
-            sessions.append(stack.enter_context(engine.open(*files, batch=1)))
+    with ExitStack() as stack:
+        deployed = [plans.without_dropout(deploy(net)) for net in nets]
+        sessions = [stack.enter_context(running(engine, net, batch=1)) for net in deployed]
         return [1000 * median(times) for times in time_in_turn(sessions, RUNS)]

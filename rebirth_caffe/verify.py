@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from . import plan as plans
 from .derive import deploy
-from .engines import Array, Engine, available_engines, get_engine
+from .engines import Array, Engine, available_engines, get_engine, running
 from .errors import EngineError, NetError, RebirthError
 from .init.fill import fill_missing
 from .net import TEST, Net
@@ -78,12 +76,8 @@ def _outputs(engine: Engine, net: Net) -> dict[str, Array]:
     outputs = net.graph.view(TEST).outputs
     makers = [value.producer for value in outputs if value.producer is not None]
     blobs = {value.name for value in outputs} | {x.bottom[0] for x in makers if x.type == "Softmax"}
-    with TemporaryDirectory(prefix="rebirth-") as folder:
-        prototxt, weights = Path(folder, "net.prototxt"), Path(folder, "net.caffemodel")
-        net.write(prototxt)
-        net.write_weights(weights)
-        with engine.open(prototxt, weights) as session:
-            return session.forward(outputs=sorted(blobs))
+    with running(engine, net) as session:
+        return session.forward(outputs=sorted(blobs))
 
 
 def _difference(expected: dict[str, Array], found: dict[str, Array]) -> float:

@@ -6,14 +6,28 @@ harm here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import EngineError, RebirthError
 from .child import Array
 
-__all__ = ["Array", "Engine", "Session", "any_engine", "available_engines", "get_engine", "known_engines"]
+if TYPE_CHECKING:
+    from ..net import Net
+
+__all__ = [
+    "Array",
+    "Engine",
+    "Session",
+    "any_engine",
+    "available_engines",
+    "get_engine",
+    "known_engines",
+    "running",
+]
 
 
 class Session(Protocol):
@@ -75,6 +89,17 @@ class Engine(Protocol):
 
         Raises EngineError where the runtime refuses the net or its weights.
         """
+
+
+@contextmanager
+def running(engine: Engine, net: Net, *, threads: int = 1, batch: int | None = None) -> Iterator[Session]:
+    """A net with its weights open in an engine; arguments and errors as of ``Engine.open``."""
+    with tempfile.TemporaryDirectory(prefix="rebirth-") as folder:
+        files = Path(folder, "net.prototxt"), Path(folder, "net.caffemodel")
+        net.write(files[0])
+        net.write_weights(files[1])
+        with engine.open(*files, threads=threads, batch=batch) as session:
+            yield session
 
 
 def known_engines() -> tuple[str, ...]:
