@@ -35,6 +35,7 @@ message NormParameter {{
   optional string why = 6 [default = "it's \\"so\\""];
   optional double least = 7 [default = -inf];
   optional int64 mask = 8 [default = -0x10];
+  optional bytes mark = 12 [default = "\\xfe\\0\\"a"];
   repeated int32 sizes = 9 [packed = true];
   oneof kind {{ int32 small = 10; NormParameter other = 11; }}
   reserved 20 to 30, 40;

@@ -22,6 +22,7 @@ from google.protobuf.descriptor_pb2 import (
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.text_encoding import CEscape
 
 from ..errors import PrototxtError
 from ..prototxt import MAX_DEPTH, encode, read_text, unquote
@@ -214,7 +215,7 @@ class _Parser:
         if (kind, value) == ("punct", "-"):  # -inf
             value += self._word()
         if name == "default":
-            field.default_value = unquote(value) if kind == "string" else _plain(field, value)
+            field.default_value = _string(field, value) if kind == "string" else _plain(field, value)
         elif name == "packed":
             field.options.packed = value == "true"
 
@@ -233,6 +234,14 @@ class _Parser:
                 self._expect(";")
             else:
                 self._skip(word)
+
+
+def _string(field: FieldDescriptorProto, quoted: str) -> str:
+    """A default as descriptors have it: bytes stay escaped, and what is no text becomes some."""
+    value = unquote(quoted).encode("utf-8", "surrogateescape")
+    if field.type == FieldDescriptorProto.TYPE_BYTES:
+        return str(CEscape(value, as_utf8=False))
+    return value.decode("utf-8", "replace")
 
 
 def _plain(field: FieldDescriptorProto, value: str) -> str:
