@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +38,23 @@ def missing(runtime: str) -> NoReturn:
 def torch_or_skip() -> Any:
     """PyTorch, for a whole file of tests. Without it they are skipped, and fail in CI."""
     return importlib.import_module("torch") if os.environ.get("CI") else pytest.importorskip("torch")
+
+
+@pytest.fixture
+def grown() -> Callable[[], int]:
+    """How many megabytes more than at the start of the test this process has held at its peak since then.
+
+    ``ru_maxrss`` would tell of the tests before it.
+    """
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+
+    def resident(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith(f"{name}:"))
+        return int(line.split()[1]) >> 10
+
+    before = resident("VmRSS")
+    return lambda: resident("VmHWM") - before
 
 
 class Refused(Exception):
