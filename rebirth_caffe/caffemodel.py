@@ -6,14 +6,12 @@ float: blobs are numpy views of the file's own bytes, and what is not changed is
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from google.protobuf.descriptor import Descriptor
@@ -69,7 +67,6 @@ V0_TYPES = {
     "tanh": "TANH", "window_data": "WINDOW_DATA",
 }  # fmt: skip
 
-MAX_HDF5_DEPTH = 16
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _AGAIN = "damaged: copy or download it again"
 
@@ -348,53 +345,11 @@ def write(path: Path, header: caffe_pb2.NetParameter, records: Iterable[tuple[by
 
 
 def _read_hdf5(path: Path) -> Weights:
-    """What Net::ToHDF5 writes: a group ``data`` with a group a layer, in it the blobs as 0, 1, ..."""
-    import h5py
+    from . import hdf5
 
-    records: dict[str, list[tuple[int, Blob]]] = {}
-    left = 4 * path.stat().st_size + 2**20  # bytes: compressed or never written values cost a file nothing
-
-    def walk(group: Any, name: str, depth: int) -> None:
-        nonlocal left
-        where = f"{path}: layer '{name}'"
-        if depth > MAX_HDF5_DEPTH:
-            raise WeightsError(f"{where}: groups more than {MAX_HDF5_DEPTH} deep; not a caffemodel")
-        if name:
-            records.setdefault(name, [])
-        for key in group:
-            if not isinstance(group.get(key, getlink=True), h5py.HardLink):
-                raise WeightsError(f"{where}: '{key}' is a link to elsewhere; not a caffemodel")
-            item = group[key]
-            if isinstance(item, h5py.Group):  # a name with a slash
-                walk(item, f"{name}/{key}" if name else key, depth + 1)
-                continue
-            if not isinstance(item, h5py.Dataset) or item.dtype.kind != "f" or not key.isdecimal():
-                raise WeightsError(f"{where}: '{key}' is no blob of numbers; not a caffemodel")
-            if item.is_virtual or item.external or item.shape is None:
-                raise WeightsError(f"{where}: blob {key} has its values elsewhere; not a caffemodel")
-            left -= math.prod(item.shape) * max(4, item.dtype.itemsize)
-            if left < 0:
-                raise WeightsError(f"{where}: blob {key} of {item.shape} is larger than the file; {_AGAIN}")
-            array = np.empty(item.shape, np.float32)
-            if array.size:
-                item.read_direct(array)
-            records[name].append((int(key), Blob(array)))
-
-    try:
-        with h5py.File(path, "r") as file:
-            if not isinstance(file.get("data"), h5py.Group):
-                raise WeightsError(f"{path}: HDF5 without a group 'data'; not a caffemodel")
-            walk(file["data"], "", 0)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path}: HDF5 that cannot be read: {error}; {_AGAIN}") from None
-    found = []
-    for name, blobs in records.items():
-        if sorted(i for i, _ in blobs) != list(range(len(blobs))):
-            raise WeightsError(f"{path}: layer '{name}': a blob is missing; {_AGAIN}")
-        found.append(Record(name, "", [blob for _, blob in sorted(blobs, key=lambda pair: pair[0])]))
-    if not any(record.blobs for record in found):
-        raise WeightsError(f"{path}: holds no layers; not a caffemodel, or an empty one")
-    return Weights(path.name.partition(".")[0], found, "HDF5", memoryview(b""))
+    layers = hdf5.read(path).items()
+    records = [Record(name, "", [Blob(array) for array in arrays]) for name, arrays in layers]
+    return Weights(path.name.partition(".")[0], records, "HDF5", memoryview(b""))
 
 
 def _shape_today(record: Record, index: int) -> Shape:
@@ -408,46 +363,16 @@ def _shape_today(record: Record, index: int) -> Shape:
 
 def write_hdf5(path: Path, records: Sequence[Record]) -> None:
     """Write weights as Caffe's ToHDF5 does, which stores neither types nor a net's name."""
-    import h5py
+    from . import hdf5
 
     by_name = {record.name: record for record in records}
-    for name in by_name:
-        if not name or "/" in name or name == "." or "\0" in name:
-            raise WeightsError(
-                f"{path}: HDF5 has no place for a layer called '{name}'; write a binary .caffemodel"
-            )
-    with _Kept(path, "w+") as out:
-        with h5py.File(out, "w") as file:
-            data = file.create_group("data")
-            for name, record in by_name.items():
-                group = data.create_group(name)
-                for i, blob in enumerate(record.blobs):
-                    group.create_dataset(str(i), data=blob.reshaped(_shape_today(record, i)))
-        if out.error is not None:
-            raise out.error
-        os.fsync(out.fileno())
-
-
-class _Kept(io.FileIO):
-    """A file that keeps its first failure for later: HDF5's library crashes where a write fails."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        while left and self.error is None:
-            try:
-                left = left[super().write(left) :]
-            except OSError as error:
-                self.error = error
-        return memoryview(data).nbytes
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return size or 0
+    hdf5.write(
+        path,
+        {
+            name: [blob.reshaped(_shape_today(record, i)) for i, blob in enumerate(record.blobs)]
+            for name, record in by_name.items()
+        },
+    )
 
 
 # ---- wire format ------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import filecmp
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -455,6 +456,21 @@ def test_hdf5_that_is_no_caffemodel(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(WeightsError, match="HDF5 that cannot be read: "):
             read(path)
+
+
+def test_hdf5_whose_library_comes_to_no_end():
+    """Closing this damaged file takes all memory there is."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with pytest.raises(WeightsError, match=r"endless\.h5: HDF5 .*caffemodel"):
+        read(Path(__file__).with_name("endless.h5"))
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5
+
+
+def test_hdf5_whose_reader_dies(tmp_path, monkeypatch):
+    hdf5(tmp_path / "w.h5")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(WeightsError, match=r"its library came to no end; damaged"):
+        read(tmp_path / "w.h5")
 
 
 def test_what_never_ends_is_not_read(tmp_path):
