@@ -648,7 +648,8 @@ class Lmdb(Sequence[tuple[Pixels, int]]):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.exists():
-            raise RebirthError(f"{path}: no such database; tools/make_lmdb.py makes one")
+            made = "tools/make_lmdb.py makes one, tools/fetch_data.py those of prototxts/"
+            raise RebirthError(f"{path}: no such database; {made}")
         if not (self.path / "data.mdb").is_file():
             raise RebirthError(f"{path}: holds no data.mdb, so it is not an LMDB")
         self._env = _open(self.path)

@@ -57,10 +57,10 @@ def fit(
 ) -> tuple[Net, list[Fitted]]:
     """``reborn``, which ``plan`` made of ``net``, with its reborn layers fitted, and what came of each.
 
-    A net without weights has nothing to be fitted to. ``tell`` hears how many images of how many have been
-    seen. Raises RebirthError, EngineError.
+    ``tell`` hears how many images of how many have been seen. Raises RebirthError, also for a net without
+    weights, and EngineError.
     """
-    if start.calibration is None or not any(layer.blobs for layer in net.layers):
+    if start.calibration is None:
         return reborn, []
     work = _Fit(start.calibration, start, engine, threads, tell)
     return work.all(net, reborn, plan)

@@ -60,7 +60,13 @@ def _summary(result: Result) -> str:
     count, steps = len(result.merges) - exact, len(result.plan.stages)
     parts = []
     if count:
-        parts.append(f"{count} merge{'s' * (count > 1)} to retrain in {steps} step{'s' * (steps > 1)}")
+        how = f"in {steps} step{'s' * (steps > 1)}"
+        if count > 1 and result.training is not None:
+            from .stages import schedule_for
+
+            joint = schedule_for(result.training.schedule, result.training.distil) == "joint"
+            how = "all at once" if joint else how
+        parts.append(f"{count} merge{'s' * (count > 1)} to retrain {how}")
     if exact:
         parts.append(f"{exact} exact" + ("" if count else ", nothing to retrain"))
     return ", ".join(parts) or "nothing merged, the net stays as it is"

@@ -588,10 +588,11 @@ class _Run:
 
     def _finish(self, net: Net, original: Accuracy, macs: int) -> Outcome:
         """Write final/, at once and whole."""
-        tested = self.journal.find("finished")
-        if tested is None:
-            numbers = dataclasses.asdict(self._test(net, "the final net"))
-            tested = self.journal.add("finished", **numbers)
+        # The last step that was kept has been tested as it is now.
+        kept = [e for e in self.journal.all("step") if e["kept"] and e["top1"] is not None]
+        tested = original
+        if kept:
+            tested = Accuracy(kept[-1]["top1"], kept[-1]["top5"], kept[-1]["loss"], original.images)
         steps = [
             {key: value for key, value in e.items() if key not in ("event", "step", "weights")}
             for e in self.journal.all("step")
@@ -601,7 +602,7 @@ class _Run:
             for e in self.journal.all("curve")
         ]
         deployed = plans.without_dropout(deploy(net))
-        outcome = Outcome(original, _accuracy(tested), steps, curve, (macs, cost(deployed).macs))
+        outcome = Outcome(original, tested, steps, curve, (macs, cost(deployed).macs))
         accuracy = json.dumps(outcome.to_json(), indent=2) + "\n"
         final = self.home / "final"
         if _holds(final, accuracy):

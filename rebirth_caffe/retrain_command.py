@@ -149,7 +149,10 @@ def _retrain(args: argparse.Namespace, trainer: Trainer) -> None:
         draw(args.directory)
         if outcome is not None:
             screen.summary(outcome)
-            screen.console.print(f"wrote {args.directory / 'final'}/", markup=False)
+            final = args.directory / "final"
+            screen.console.print(
+                f"wrote {final}/: ship deploy.prototxt with weights.caffemodel", markup=False
+            )
         else:
             screen.console.print(
                 f"stopped after {args.stage}; without --stage the rest goes on", markup=False

@@ -98,6 +98,8 @@ class Settings:
                 int(found["images"]),
             )
         except FileNotFoundError:
+            if not home.is_dir():
+                raise RebirthError(f"{home}: no such directory; rebirth_net.py makes it") from None
             raise RebirthError(
                 f"{path}: no such file; make the directory with rebirth_net.py --weights ... --train-data ..."
             ) from None

@@ -21,16 +21,19 @@ LIMIT = 1e-4  # of the largest value of an output
 @dataclass(frozen=True)
 class Verified:
     """By how much a net differs from the original: the largest difference of an output, relative to its
-    largest value; or why that could not be found out."""
+    largest value; or why that could not be found out. ``fillers``: some weights were drawn, none given."""
 
     engine: str = ""
     difference: float | None = None
     reason: str = ""
+    fillers: bool = False
 
     def __str__(self) -> str:
         if self.difference is None:
             return f"not verified: {self.reason}"
-        return f"verified in {self.engine}: outputs differ by {self.difference:.1e} of their largest value"
+        weights = ", with weights from the fillers" * self.fillers
+        differ = f"outputs differ by {self.difference:.1e} of their largest value"
+        return f"verified in {self.engine}{weights}: {differ}"
 
 
 def verify(original: Net, plan: Plan, caffe: str | None = None, seed: int = 0) -> Verified:
@@ -58,7 +61,9 @@ def verify(original: Net, plan: Plan, caffe: str | None = None, seed: int = 0) -
             continue
         if not all(np.isfinite(values).all() for values in expected.values()):
             return Verified(reason="an output of the original is not finite")
-        return Verified(f"{engine.name} {engine.version}", _difference(expected, _outputs(engine, after)))
+        drawn = any(s and not layer.blobs for layer, s in all_param_shapes(deploy(original)).items())
+        difference = _difference(expected, _outputs(engine, after))
+        return Verified(f"{engine.name} {engine.version}", difference, fillers=drawn)
     return Verified(reason=problems[0] if problems else "neither Caffe nor OpenCV was found")
 
 

@@ -61,7 +61,7 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
     assert again == lines  # nothing is done twice
     picture = tmp_path / "starts.png"
     done = plot(tmp_path / "starts.jsonl", picture)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {picture}\n", "")
     drawn = cv2.imread(str(picture))
     assert drawn is not None
     assert drawn.std() > 10

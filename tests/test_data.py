@@ -539,7 +539,7 @@ def test_databases_that_are_none(tmp_path):
             open_lmdb(path)
         return str(caught.value).removeprefix(f"{path}: ")
 
-    assert complaint(tmp_path / "none") == "no such database; tools/make_lmdb.py makes one"
+    assert complaint(tmp_path / "none").startswith("no such database; tools/make_lmdb.py makes one")
     assert complaint(tmp_path) == "holds no data.mdb, so it is not an LMDB"
     assert complaint(save(tmp_path / "file", b"x")) == "holds no data.mdb, so it is not an LMDB"
     assert "data.mdb is empty" in complaint(save(tmp_path / "zero/data.mdb", b"").parent)

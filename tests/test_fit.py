@@ -289,7 +289,8 @@ def test_the_command(images, tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (
-        done.stderr == "error: --init lsq learns from images; give --calibration; see rebirth_net.py --help\n"
+        done.stderr == "error: --init lsq takes images; give --calibration, or --train-data and --test-data; "
+        "see rebirth_net.py --help\n"
     )
     assert done.returncode == 2
     command += ["--calibration", images, "--images", "40", "--mean-value", "70", "--scale", "0.02"]

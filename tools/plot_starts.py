@@ -39,6 +39,7 @@ def main() -> None:
     if not starts:
         raise RebirthError(f"{args.runs}: no run of {length:,} iterations to draw")
     draw(starts, args.picture)
+    print(f"wrote {args.picture}")
 
 
 def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:

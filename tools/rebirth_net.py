@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,14 +93,14 @@ def parse_args() -> argparse.Namespace:
         if args.train_data is None and getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')} is of no use without --train-data and --test-data")
     learning = "--sensitivity" if args.sensitivity else "--init lsq" if args.init == "lsq" else ""
-    if learning and args.weights and not (args.calibration or args.train_data):
-        p.error(f"{learning} learns from images; give --calibration")
+    if learning and not (args.calibration or args.train_data):
+        p.error(f"{learning} takes images; give --calibration, or --train-data and --test-data")
     if not learning and args.calibration and args.init == "xavier":
         p.error("--calibration is for --init lsq and inherit, and for --sensitivity")
     if not learning and args.images and not args.calibration:
         p.error("--images says how many of --calibration; give that")
-    if args.sensitivity and not args.weights:
-        p.error("--sensitivity tells what trained weights lose; give --weights")
+    if (learning or args.calibration) and not args.weights:
+        p.error(f"{learning or '--calibration'} takes a trained net; give --weights")
     return args
 
 
@@ -151,7 +152,10 @@ def main() -> None:
 
     show(result)
     if written:
-        print(cli.printable(f"wrote {Path(out)}/: {', '.join(path.name for path in written)}"))
+        names = [path.name + "/" * path.is_dir() for path in written]
+        print(cli.printable(f"wrote {Path(out)}/: {', '.join(names)}"))
+        if "stages/" in names:
+            print(cli.printable(f"next: python tools/retrain.py {shlex.quote(str(out))}"))
 
 
 @contextmanager
