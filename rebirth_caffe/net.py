@@ -31,6 +31,9 @@ TRAIN, TEST = caffe_pb2.TRAIN, caffe_pb2.TEST
 MAX_STATES = 1_000_000  # times layers: every state is a net of its own; people's nets have two to ten
 # What in a layer has no part in what it computes from its weights.
 _HARMLESS = ("param", "weight_filler", "bias_filler", "filler", "engine")
+# Forks' pooling_param.ceil_mode, which says what round_mode does.
+_CEIL, _FLOOR = caffe_pb2.PoolingParameter.CEIL, caffe_pb2.PoolingParameter.FLOOR
+_CEIL_MODE = {"true": _CEIL, "1": _CEIL, "false": _FLOOR, "0": _FLOOR}
 
 
 class Layer:
@@ -48,6 +51,8 @@ class Layer:
         self.param = caffe_pb2.LayerParameter()
         self.unknown: list[Field] = prototxt.to_message(tree, self.param, path or "<text>")
         self.record: Record | None = None
+        for ceil_mode in self._ceil_modes():
+            self.param.pooling_param.round_mode = _CEIL_MODE[str(ceil_mode.value)]
 
     @classmethod
     def from_text(cls, text: str, *, path: str = "", line: int = 0) -> Layer:
@@ -87,7 +92,7 @@ class Layer:
 
         How it is trained, filled and which library computes it does not.
         """
-        known = {*map(id, self.unknown)}
+        known = {*map(id, self.unknown)} - {*map(id, self._ceil_modes())}
 
         def search(tree: Message) -> Field | None:
             for f in tree.fields:
@@ -101,6 +106,11 @@ class Layer:
             return None
 
         return search(self.tree) if known else None
+
+    def _ceil_modes(self) -> list[Field]:
+        """The fields of a fork that say as much as one of stock Caffe."""
+        pooling = self.tree.message("pooling_param") if self.unknown else None
+        return [f for f in pooling.all("ceil_mode") if f.value in _CEIL_MODE] if pooling is not None else []
 
     @property
     def blobs(self) -> list[Blob]:

@@ -537,3 +537,24 @@ def test_no_number_breaks_more_than_its_net(text):
     with contextlib.suppress(NetError, PrototxtError):
         found = cost(Net.parse(text))
         assert 0 <= found.peak_activation_bytes <= found.activation_bytes
+
+
+@pytest.mark.parametrize(("ceil_mode", "mode"), [("true", "CEIL"), ("0", "FLOOR"), ("false", "FLOOR")])
+def test_forks_ceil_mode_is_round_mode(ceil_mode, mode):
+    pool = 'layer { type: "Pooling" bottom: "x" top: "y" pooling_param { kernel_size: 2 stride: 2 %s } }'
+    theirs, stock = (
+        Layer.from_text(pool % option) for option in (f"ceil_mode: {ceil_mode}", f"round_mode: {mode}")
+    )
+    assert layer_shapes(theirs, [(1, 2, 8, 9)]) == layer_shapes(stock, [(1, 2, 8, 9)])
+    assert theirs.strange is None
+    assert [field.name for field in theirs.unknown] == ["ceil_mode"]  # stock Caffe refuses it all the same
+
+
+def test_a_ceil_mode_that_is_none_is_a_forks():
+    text = (
+        'layer { name: "p" type: "Pooling" bottom: "x" top: "y" %s_param { kernel_size: 3 ceil_mode: %s } }'
+    )
+    for where, value in (("pooling", "2"), ("convolution", "true")):
+        layer = Layer.from_text(text % (where, value))
+        assert layer.strange is not None
+        assert layer_shapes(layer, [(1, 2, 8, 9)]) == [None]

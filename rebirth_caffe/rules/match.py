@@ -241,6 +241,10 @@ def plain_relu(layer: Layer) -> bool:
     return layer.type == "ReLU" and layer.param.relu_param.negative_slope == 0
 
 
+# How many of a layer's bottoms it reads values of; of the others only the size.
+_READ = {"Crop": 1, "PriorBox": 0}
+
+
 def _classifiers(graph: Graph) -> set[Layer]:
     """The last layers with weights on every way to an output or a loss."""
     found: set[Layer] = set()
@@ -255,7 +259,8 @@ def _classifiers(graph: Graph) -> set[Layer]:
             if layer.type in WEIGHTED:
                 found.add(layer)
             else:
-                todo += [v.producer for v in view.bottoms[layer] if v.producer is not None]
+                read = view.bottoms[layer][: _READ.get(layer.type)]
+                todo += [value.producer for value in read if value.producer is not None]
     return found
 
 

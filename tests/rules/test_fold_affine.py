@@ -285,6 +285,14 @@ def test_the_last_classifier_is_not_touched():
     assert not proposal.plan.merges
 
 
+def test_a_layer_of_which_only_the_size_is_read_is_no_classifier():
+    """SSD makes its boxes by the size of a feature map."""
+    below = [conv("c", "data", 6, 3), norm("n", "c"), relu("r", "c")]
+    original = with_weights(net(*below, conv("head", "c", 4, 3), layer("boxes", "PriorBox", "c data")))
+    proposal, _ = rebirth(original, exact=True)
+    assert list(merges(proposal)) == ["fold:c"]
+
+
 def test_every_blob_must_be_there():
     original = with_weights(build(*NETS["batch norm and scale"]))
     original.layer("s").record = None
