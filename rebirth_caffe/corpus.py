@@ -34,6 +34,7 @@ from .errors import EngineError, RebirthError
 from .init.fill import generator
 from .net import TEST, Layer, Net
 from .rebirth import Result, rebirth
+from .schema import caffe_pb2
 from .shapes import STOCK, Shape, all_param_shapes, infer
 
 OK, REFUSED, FAILED = "ok", "refused", "FAILED"
@@ -255,9 +256,9 @@ def _caffes(checked: Checked, results: list[Result], engine: Engine, limits: Lim
         checked.caffe = "not asked: everything in it depends on files, code or a fork's layers"
         return
     whole = len(part.layers) == len(before.layers)
-    before = before if whole else part
+    given = checked.path if part.text() == before.text() and not derived else None
+    before = part
     try:
-        given = checked.path if whole and not derived else None
         session = _open(engine, before, folder / "before", given)
     except EngineError as error:
         checked.caffe = f"refuses it: {_said(error)}"
@@ -268,8 +269,7 @@ def _caffes(checked: Checked, results: list[Result], engine: Engine, limits: Lim
         shapes = session.blobs()
         _compare_with_ours(checked, before, shapes)
         for result, which in zip(results, ("default", "exact"), strict=True):
-            after = result.deploy if derived else result.net
-            after = after if whole else stock_part(after)
+            after = stock_part(result.deploy if derived else result.net)
             if after.text() == before.text():
                 continue
             try:
@@ -299,12 +299,24 @@ def stock_part(net: Net) -> Net:
     known = set(net.header.input)
 
     def swap(layer: Layer) -> list[Layer]:
+        layer = _in_stock_words(layer)
         stock = layer.type in STOCK and layer.type not in _CLOSED and not layer.unknown
         good = stock and known.issuperset(layer.bottom)
         (known.update if good else known.difference_update)(layer.top)
         return [layer] if good else []
 
     return net.replace(swap)
+
+
+def _in_stock_words(layer: Layer) -> Layer:
+    """A Pooling with round_mode for a fork's ceil_mode."""
+    tree = layer.tree.copy()
+    pooling = tree.message("pooling_param")
+    if layer.strange is not None or pooling is None or not pooling.all("ceil_mode"):
+        return layer
+    mode = caffe_pb2.PoolingParameter.RoundMode.Name(layer.param.pooling_param.round_mode)
+    pooling.set("round_mode", mode, drop=("ceil_mode",))
+    return layer.again(tree)
 
 
 def _said(error: EngineError) -> str:
