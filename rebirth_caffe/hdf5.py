@@ -42,7 +42,7 @@ def read(path: Path) -> dict[str, list[Array]]:
             if news is None:
                 raise WeightsError(f"{path}: HDF5 that cannot be read: its library came to no end; {_AGAIN}")
             if "error" in news:
-                raise WeightsError(news["error"])
+                raise WeightsError(f"{path}: {news['error']}")
             blobs = found.setdefault(news["layer"], {})
             if "blob" in news:
                 array = np.empty(news["shape"], np.float32)
@@ -148,14 +148,14 @@ def _limit(size: int) -> None:
 
 
 def _walk(path: Path) -> Iterator[tuple[str, int, Array | None]]:
-    """Every layer (with no array) and its blobs. Raises WeightsError."""
+    """Every layer (with no array) and its blobs. Raises WeightsError, which does not name the file."""
     import h5py
 
     left = 4 * path.stat().st_size + 2**20  # bytes: compressed or never written values cost a file nothing
 
     def walk(group: Any, name: str, depth: int) -> Iterator[tuple[str, int, Array | None]]:
         nonlocal left
-        where = f"{path}: layer '{name}'"
+        where = f"layer '{name}'"
         if depth > MAX_DEPTH:
             raise WeightsError(f"{where}: groups more than {MAX_DEPTH} deep; not a caffemodel")
         if name:
@@ -182,10 +182,10 @@ def _walk(path: Path) -> Iterator[tuple[str, int, Array | None]]:
     try:
         with h5py.File(path, "r") as file:
             if not isinstance(file.get("data"), h5py.Group):
-                raise WeightsError(f"{path}: HDF5 without a group 'data'; not a caffemodel")
+                raise WeightsError("HDF5 without a group 'data'; not a caffemodel")
             yield from walk(file["data"], "", 0)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
-        raise WeightsError(f"{path}: HDF5 that cannot be read: {error}; {_AGAIN}") from None
+        raise WeightsError(f"HDF5 that cannot be read: {error}; {_AGAIN}") from None
 
 
 def _bytes(array: Array) -> memoryview:

@@ -162,9 +162,7 @@ class Result:
         if not out.is_dir():
             raise RebirthError(f"{out}: exists and is no directory; give another --out")
         if not force:
-            raise RebirthError(
-                f"{out}: exists already; give another --out, or --force (force=True) to replace its files"
-            )
+            raise RebirthError(f"{out}: exists already; give another --out, or --force to replace its files")
         if (out / "retrain").exists():
             raise RebirthError(f"{out}: holds a training run (retrain/); give another --out, or remove that")
         for path in (out / name for name in FILES):
