@@ -137,7 +137,7 @@ def propose(
     for more in (found.refused, around.refused if exact else []):
         told = {refusal.layers for refusal in refused}
         refused += [refusal for refusal in more if refusal.layers not in told]
-    plan = select(net, Plan(net.name, tuple(merges)), only, skip)
+    plan = select(net, Plan(net.name, tuple(merges)), only, skip, exact)
     # A layer refused here may have found its place there, or its offer been taken.
     placed = {name for merge in (*merges, *plan.active) if merge.enabled for name in merge.absorbs}
     return Proposal(plan, [refusal for refusal in refused if refusal.layers[-1] not in placed])
@@ -210,10 +210,12 @@ def select(
     With the merges named by ``only`` go those of ``net`` they build upon. Raises PlanError for a name the
     plan does not have.
     """
-    known = {name for merge in plan.merges for name in (merge.id, merge.stage) if name}
+    choice = [merge for merge in plan.merges if merge.exact or not exact]
+    known = {name for merge in choice for name in (merge.id, merge.stage) if name}
+    kind = "exact merge" if exact else "merge"
     for name in (*only, *skip):
         if name not in known:
-            raise PlanError(f"no merge is called '{name}'; there are {', '.join(sorted(known)) or 'none'}")
+            raise PlanError(f"no {kind} is called '{name}'; there are {', '.join(sorted(known)) or 'none'}")
     merges = list(plan.merges)
     if skip:
         merges = [_disabled(m, "--skip") if {m.id, m.stage} & set(skip) else m for m in merges]

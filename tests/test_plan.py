@@ -235,6 +235,9 @@ def test_only_and_skip_know_steps_and_merges_and_say_what_there_is():
     assert [m.id for m in plans.propose(net, only=["4c"]).plan.active] == ["4c"]
     with pytest.raises(PlanError, match=r"no merge is called 'x'; there are .*conv1"):
         plans.propose(net, only=["x"])
+    for plan in (plans.propose(net, exact=True).plan, plans.propose(net).plan):
+        with pytest.raises(PlanError, match=r"no exact merge is called '3a'; there are drop:pool5"):
+            plans.select(net, plan, only=["3a"], exact=True)
     resnet = Net.load(ZOO / "resnet_50/deploy.prototxt")
     assert [m.id for m in plans.propose(resnet, only=["conv1"]).plan.active] == ["fold:conv1", "conv1"]
 
