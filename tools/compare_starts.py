@@ -26,29 +26,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Weights of the reborn layers, what is learned from then ("": labels alone), base_lr to choose from, and
-    whether images are calibrated on."""
+    """Weights of the reborn layers, what is learned from then ("": labels alone), and whether images are
+    calibrated on."""
 
     init: str
     distil: str
-    rates: tuple[float, ...]
     images: bool = False
 
 
 # Learning from labels alone is by SGD, in which reborn layers learn ten times as fast, but not those that
 # were fitted (calibration.Start.rate); learning from the original is by Adam.
-_SGD, _FITTED, _ADAM = (0.0005, 0.001, 0.002, 0.004), (0.0005, 0.001, 0.002, 0.005), (0.001, 0.002, 0.004)
+RATES = (0.0005, 0.001, 0.002, 0.004)
 STARTS = {
-    "xavier": Beginning("xavier", "", _SGD),
-    "inherit": Beginning("inherit", "", _SGD),
-    "scaled": Beginning("inherit", "", _SGD, True),
-    "lsq": Beginning("lsq", "", _FITTED, True),
-    "distil-images": Beginning("inherit", "images", _ADAM),
-    "distil-labels": Beginning("inherit", "labels", _ADAM),
-    "scaled-distil-images": Beginning("inherit", "images", _ADAM, True),
-    "scaled-distil-labels": Beginning("inherit", "labels", _ADAM, True),
-    "lsq-distil-images": Beginning("lsq", "images", _ADAM, True),
-    "lsq-distil-labels": Beginning("lsq", "labels", _ADAM, True),
+    "xavier": Beginning("xavier", ""),
+    "inherit": Beginning("inherit", ""),
+    "scaled": Beginning("inherit", "", True),
+    "lsq": Beginning("lsq", "", True),
+    "distil-images": Beginning("inherit", "images"),
+    "distil-labels": Beginning("inherit", "labels"),
+    "scaled-distil-images": Beginning("inherit", "images", True),
+    "scaled-distil-labels": Beginning("inherit", "labels", True),
+    "lsq-distil-images": Beginning("lsq", "images", True),
+    "lsq-distil-labels": Beginning("lsq", "labels", True),
 }
 SOLVERS = {
     True: 'type: "Adam"\nmomentum: 0.9\nmomentum2: 0.999\n',
@@ -83,10 +82,14 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--iterations", type=_wholes, default=(1000, 3000, 10000), help="lengths to compare")
     p.add_argument("--choose-at", type=cli.positive, default=1000, help="length the rate is chosen for")
     p.add_argument(
-        "--rates", type=_rates, help="base_lr to choose from; one alone is taken (default: each start's own)"
+        "--rates",
+        type=_rates,
+        default=RATES,
+        help=f"base_lr to choose from; one alone is taken (default: {','.join(map(str, RATES))})",
     )
     p.add_argument("--seeds", type=_wholes, default=(1, 2, 3), help="default: 1,2,3")
     p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="auto", help="default: auto")
+    p.add_argument("--reduce", type=float, default=0.5, help="of rebirth_net.py (default: 0.5)")
     p.add_argument(
         "--images", type=cli.positive, default=1024, help="of --fit, to calibrate on (default: 1024)"
     )
@@ -121,14 +124,13 @@ def _wholes(text: str) -> tuple[int, ...]:
 def main() -> None:
     args = parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    offered = {start: args.rates or STARTS[start].rates for start in args.starts}
     choosing = {
-        start: [Job(start, args.choose_at, args.seeds[0], rate, True) for rate in rates]
-        for start, rates in offered.items()
-        if len(rates) > 1
+        start: [Job(start, args.choose_at, args.seeds[0], rate, True) for rate in args.rates]
+        for start in args.starts
+        if len(args.rates) > 1
     }
     known = run([job for jobs in choosing.values() for job in jobs], args)
-    rates = {start: offered[start][0] for start in args.starts}
+    rates = dict.fromkeys(args.starts, args.rates[0])
     for start, jobs in choosing.items():
         rates[start] = max(jobs, key=lambda job: known[job]["final"]["top1"]).rate
         print(f"{start}: base_lr {rates[start]:g}", flush=True)
@@ -193,6 +195,7 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
             args.net / "train_val.prototxt",
             weights,
             kernel=args.kernel,
+            reduce=args.reduce,
             init=begin.init,
             seed=job.seed,
             training=training,
