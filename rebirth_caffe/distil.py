@@ -42,10 +42,10 @@ CALIBRATION = 500  # images over which variances are measured
 SILENT = 1e-12  # a blob whose variance is below this never says anything
 
 # Adam suits losses of very different scales better than SGD; the last tenth of a schedule that goes to zero
-# brings much of the accuracy (docs/RESULTS.md).
+# brings much of the accuracy; a higher rate undoes what some nets have inherited (docs/RESULTS.md).
 TEMPLATE = """\
 type: "Adam"
-base_lr: 0.003
+base_lr: 0.001
 lr_policy: "poly"
 power: 1
 momentum: 0.9

@@ -57,7 +57,8 @@ def accuracy(args: argparse.Namespace) -> None:
                 *("tools/rebirth_net.py", f"{TRAINED}/train_val.prototxt"),
                 *("--weights", f"{TRAINED}/fashion_googlenet.caffemodel", "--kernel", "auto"),
                 *("--train-data", train, "--test-data", test),
-                *("--distil", "--iterations", str(args.iterations), "--out", str(out)),
+                *("--distil", "--solver", f"{TRAINED}/solver_distil.prototxt"),
+                *("--iterations", str(args.iterations), "--out", str(out)),
             ]
         )
     show(["tools/retrain.py", str(out), "--segment", "500"])
