@@ -2,12 +2,12 @@
 
 Where something was merged, the reborn net shall give what the original gives there, and the same scores:
 
-    L = w * sum over b of |S_b - T_b|^2 / (n_b * var T_b)  +  (2 - w) * L_labels
+    L = w * sum over groups b of d_b  +  4 * d_scores  +  L_labels,    d_b = |S_b - T_b|^2 / (n_b * var T_b)
 
-b: output blobs of the merged groups, and the scores; S_b, T_b: what the reborn net (the student) and the
-original (the teacher) give for a batch; n_b: numbers in T_b; var T_b: their variance over many images. Every
-term is 1 for a student that always gives the mean. w falls from 1 to 0.05 while it learns, and without labels
-stays 1 and L_labels is left out. The teacher has no backward pass: nothing in it learns.
+b: output blobs of the merged groups; S_b, T_b: what the reborn net (the student) and the original (the
+teacher) give for a batch; n_b: numbers in T_b; var T_b: their variance over many images, so that every d_b is
+1 for a student that always gives the mean. w falls from 1 to 0.05 while it learns: groups only show the way
+to the scores. Without labels L_labels is left out. The teacher has no backward pass: nothing in it learns.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from .merge import OUT, Merge
 from .net import TEST, TRAIN, Layer, Net
 from .prototxt import Field, Message, number, quote, render
 from .rules.match import feeding, main_output
-from .shapes import LOSSES, all_param_shapes
+from .shapes import all_param_shapes
 from .solver import data_layer
 from .transform import Transform
 
 LABELS, IMAGES = "labels", "images"  # what there is to learn from, besides the original
 SOURCES = (LABELS, IMAGES)
-WEIGHTS = (1.0, 0.05)  # of the original against the labels, at the start and at the end
+GROUPS = (1.0, 0.05)  # weight of the groups' outputs, at the start and at the end
+SCORES = 4.0  # weight of the scores; the labels' losses keep their own (docs/RESULTS.md)
 TEACHER, LOSS = "teacher/", "distil/"  # in front of the names of what is added
 CALIBRATION = 500  # images over which variances are measured
 SILENT = 1e-12  # a blob whose variance is below this never says anything
@@ -80,6 +81,7 @@ class Teacher:
         view = deployed.graph.view(TEST)
         needed = feeding(view, [[v for v in view.values if v.name == scores[0].name][-1]])
         self.net = deployed.replace(lambda layer: [layer] if layer in needed else [])
+        self.scores = scores[0].name
         self.images = [top for layer in self.net.layers if layer.type == "Input" for top in layer.top]
         taken = {name for layer in original.layers for name in (layer.name, *layer.top)}
         self.prefix, self.loss = (_fresh(name, taken) for name in (TEACHER, LOSS))
@@ -172,8 +174,8 @@ def blobs(reborn: Net, merges: Iterable[Merge]) -> list[str]:
 
 
 def weight(done: float) -> float:
-    """Of the original against the labels, when a part ``done`` (0..1) of the training is behind."""
-    return WEIGHTS[0] + (WEIGHTS[1] - WEIGHTS[0]) * done
+    """Of the groups' outputs, when a part ``done`` (0..1) of the training is behind."""
+    return GROUPS[0] + (GROUPS[1] - GROUPS[0]) * done
 
 
 def side_by_side(reborn: Net, teacher: Teacher, targets: Sequence[Target], source: str, done: float) -> Net:
@@ -187,13 +189,15 @@ def side_by_side(reborn: Net, teacher: Teacher, targets: Sequence[Target], sourc
     student = plans.without_dropout(reborn)
     view = student.graph.view(TRAIN)
     kept = {layer for layer in view.layers if layer.type != "Accuracy"}
-    w = weight(done) if source == LABELS else 1.0
     if source == IMAGES:
         last = {value.name: value for value in view.values}
         kept = feeding(view, [last[target.blob] for target in targets])
-    items = [_learning(layer, source, 2 - w) for layer in student.layers if layer in kept]
-    items += teacher.frozen()
-    items += [_compared(target, teacher, w) for target in targets]
+    learning = [layer for layer in student.layers if layer in kept]
+    if source == IMAGES:
+        learning = [_without_labels(layer) for layer in learning]
+    items = [*learning, *teacher.frozen()]
+    for target in targets:
+        items.append(_compared(target, teacher, SCORES if target.blob == teacher.scores else weight(done)))
     return student.edited([f"name: {quote(student.name)}\n", *items])
 
 
@@ -208,18 +212,12 @@ def _fresh(prefix: str, taken: set[str]) -> str:
     return prefix
 
 
-def _learning(layer: Layer, source: str, label_weight: float) -> Layer:
-    """A layer of the student: a loss weighs ``label_weight``, and without labels none are read."""
-    if source == IMAGES and layer.type in DATA and len(layer.top) > 1:
-        tree = layer.tree.copy()
-        tree.set("top", quote(layer.top[0]))
-        return layer.again(tree)
-    if source == LABELS and layer.type in LOSSES:
-        tree = layer.tree.copy()
-        weights = list(layer.param.loss_weight) or [1.0]
-        tree.set("loss_weight", *(_g(w * label_weight) for w in weights))
-        return layer.again(tree)
-    return layer
+def _without_labels(layer: Layer) -> Layer:
+    if layer.type not in DATA or len(layer.top) < 2:
+        return layer
+    tree = layer.tree.copy()
+    tree.set("top", quote(layer.top[0]))
+    return layer.again(tree)
 
 
 def _compared(target: Target, teacher: Teacher, w: float) -> Layer:

@@ -106,21 +106,21 @@ result = {name: float(np.concatenate(v).var()) for name, v in values.items()}
 
 
 def test_the_loss_is_the_formula(reborn, teacher, targets, in_caffe, tmp_path):
-    """Every term from the two blobs themselves, in float64; and the labels' losses weigh 2 - w."""
+    """Every term from the two blobs themselves, in float64; and the labels' losses keep their weights."""
     net = side_by_side(reborn, teacher, targets, "labels", 0.5)
     computed = Computed(in_caffe, tmp_path, net, [target.blob for target in targets])
-    w = distil.weight(0.5)
-    assert w == pytest.approx(0.525)
+    assert distil.weight(0.5) == pytest.approx(0.525)
     weights = {layer.name: list(layer.param.loss_weight) for layer in net.layers}
     for target in targets:
         student, original = computed[target.blob], computed[f"teacher/{target.blob}"]
+        w = 4 if target.blob == "fc" else 0.525
         wanted = w * np.square(student - original).mean() / target.variance
         assert wanted > 1e-3
         assert computed[f"distil/{target.blob}"] * weights[f"distil/{target.blob}"][0] == pytest.approx(
             wanted, rel=1e-4
         )
-    assert weights["loss"] == pytest.approx([2 - w])
-    assert weights["aux/loss"] == pytest.approx([0.1 * (2 - w)])
+    assert weights["loss"] == []
+    assert weights["aux/loss"] == pytest.approx([0.1])
 
 
 def test_a_net_that_was_not_changed_has_nothing_to_learn(original, teacher, targets, in_caffe, tmp_path):
@@ -136,8 +136,8 @@ def test_without_labels_none_are_read(reborn, teacher, targets, in_caffe, tmp_pa
     assert {layer.type for layer in net.layers if "Loss" in layer.type} == {"EuclideanLoss"}
     assert not [layer for layer in net.layers if "label" in (*layer.bottom, *layer.top)]
     assert "aux" not in {layer.name for layer in net.layers}
-    full = {layer.name: layer for layer in side_by_side(reborn, teacher, targets, "labels", 0.0).layers}
-    for target in targets:  # w stays 1
+    full = {layer.name: layer for layer in side_by_side(reborn, teacher, targets, "labels", 0.9).layers}
+    for target in targets:
         name = f"distil/{target.blob}"
         assert net.layer(name).param.loss_weight == full[name].param.loss_weight
     assert Computed(in_caffe, tmp_path, net, ["fc"])["fc"].shape == (16, 10)
@@ -240,11 +240,14 @@ def test_it_learns_from_its_original(source, trained, tmp_path, caffe, original,
     assert "distil" not in text
 
 
-def test_weights_shift_from_the_original_to_the_labels(trained, tmp_path, caffe):
+def test_weights_shift_from_the_groups_to_the_scores(trained, tmp_path, caffe):
     learn(trained, tmp_path / "home", caffe, "labels")
     net = Net.load(tmp_path / "home/retrain/01-joint/train_val.prototxt")  # of the last segment: 20 to 40
-    w = distil.weight(0.75)
-    assert net.layer("loss").param.loss_weight[0] == pytest.approx(2 - w)
+    targets = next(e["targets"] for e in tiny.journal(tmp_path / "home") if e["event"] == "targets")
+    weights = {t["blob"]: 2 / (t["size"] * t["variance"]) for t in targets}
+    for blob, w in {"norm1": 0.2875, "pool2": 0.2875, "fc": 4}.items():  # 0.2875: at three quarters
+        found = net.layer(f"distil/{blob}").param.loss_weight[0]
+        assert found == pytest.approx(w * weights[blob], rel=1e-5)
 
 
 def test_all_at_once_and_then_group_by_group(trained, tmp_path, caffe):
