@@ -1,6 +1,7 @@
 """tools/compare_starts.py: every start of a tiny net, under both engines."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -70,15 +71,18 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
     assert done.stderr == f"error: {tmp_path}/starts.jsonl: no run of 2 iterations to draw\n"
 
 
-def test_lsq_on_torch_is_fitted_to_images_it_learns_from(tiny_net, tmp_path):
+@pytest.mark.parametrize(("start", "init", "factor"), [("lsq", "lsq", 1), ("scaled", "inherit", 4)])
+def test_on_torch_starts_are_fitted_to_images_they_learn_from(tiny_net, tmp_path, start, init, factor):
+    """And what was fitted learns more slowly than noise, which takes ten times the rate."""
     pytest.importorskip("torch")
-    (line,), _ = compare(tiny_net, tmp_path, "--starts", "lsq", "--rates", "0.001", "--engine", "torch")
-    (home,) = (tmp_path / "work").glob("lsq-3-*-test")
+    (line,), _ = compare(tiny_net, tmp_path, "--starts", start, "--rates", "0.001", "--engine", "torch")
+    (home,) = (tmp_path / "work").glob(f"{start}-3-*-test")
     settings = json.loads((home / "original/settings.json").read_text())
-    assert (settings["init"], settings["distil"], settings["images"]) == ("lsq", "", 40)
+    assert (settings["init"], settings["distil"], settings["images"]) == (init, "", 40)
     assert settings["calibration"] == str(tiny_net[1].resolve())
     assert tiny.journal(home)[0]["options"]["engine"] == "torch"
-    assert "lr_mult: 10" not in (home / "stages/01-joint/train_val.prototxt").read_text()
+    rates = re.findall(r"lr_mult: (\S+)", (home / "stages/01-joint/train_val.prototxt").read_text())
+    assert max(map(float, rates)) == 2 * factor  # the biases'
     assert line["curve"][0]["top1"] > 0.2  # of ten classes, before it has learned anything
 
 

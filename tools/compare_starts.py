@@ -34,8 +34,8 @@ class Beginning:
     images: bool = False
 
 
-# Learning from labels alone is by SGD, in which reborn layers learn ten times as fast, but not those that
-# were fitted (calibration.Start.rate); learning from the original is by Adam.
+# Learning from labels alone is by SGD, in which reborn layers learn calibration.Start.rate times as fast as
+# the others; learning from the original is by Adam.
 RATES = (0.0005, 0.001, 0.002, 0.004)
 STARTS = {
     "xavier": Beginning("xavier", ""),
