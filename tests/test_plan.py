@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rebirth_caffe import plan as plans
+from rebirth_caffe.cost import cost
 from rebirth_caffe.errors import PlanError
 from rebirth_caffe.init.fill import fill_missing
 from rebirth_caffe.init.rescale import pooled
@@ -453,3 +454,12 @@ def test_a_given_plan_is_chosen_from_in_the_same_way():
     assert {m.kind for m in rebirth(path, plan=plan, exact=True).merges} == {"fold", "stride"}
     plan = plans.propose(Net.load(CAFFENET)).plan
     assert [m.id for m in rebirth(CAFFENET, plan=plan, only=["conv1+pool1"]).merges] == ["conv1+pool1"]
+
+
+def test_the_plan_kept_beside_its_net_fits_it():
+    """What docs/RESULTS.md measured: all six groups merged, conv2's kernel smaller than the others'."""
+    folder = ZOO / "cifar10_googlenet"
+    plan = plans.load(folder / "plan.yaml")
+    net = Net.load(folder / "deploy.prototxt")
+    assert [m.id for m in plan.active] == ["conv1", "conv2", "3a", "3b", "4a", "4b"]
+    assert cost(plans.apply(net, plan)).macs == 20_166_144 < cost(net).macs
