@@ -132,7 +132,7 @@ def test_the_zoo_reads_as_in_caffe(path, in_caffe):
     found = getattr(caffe_pb2, kind)()
     assert to_message(parse(read_text(path), path), found, path) == []
     assert found == wanted
-    assert found.ListFields()
+    assert found.ByteSize() > (40 if path.stem == "solver_distil" else 100)  # those name no net
     if kind == "NetParameter":
         assert [layer.param for layer in Net.load(path).layers] == list(wanted.layer)
 
