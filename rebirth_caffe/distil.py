@@ -189,15 +189,16 @@ def side_by_side(reborn: Net, teacher: Teacher, targets: Sequence[Target], sourc
     student = plans.without_dropout(reborn)
     view = student.graph.view(TRAIN)
     kept = {layer for layer in view.layers if layer.type != "Accuracy"}
-    if source == IMAGES:
-        last = {value.name: value for value in view.values}
-        kept = feeding(view, [last[target.blob] for target in targets])
     learning = [layer for layer in student.layers if layer in kept]
     if source == IMAGES:
-        learning = [_without_labels(layer) for layer in learning]
-    items = [*learning, *teacher.frozen()]
-    for target in targets:
-        items.append(_compared(target, teacher, SCORES if target.blob == teacher.scores else weight(done)))
+        last = {value.name: value for value in view.values}
+        seen = feeding(view, [last[target.blob] for target in targets])
+        learning = [_without_labels(layer) for layer in learning if layer in seen]
+    compared = [
+        _compared(target, teacher, SCORES if target.blob == teacher.scores else weight(done))
+        for target in targets
+    ]
+    items = [*learning, *teacher.frozen(), *compared]
     return student.edited([f"name: {quote(student.name)}\n", *items])
 
 
