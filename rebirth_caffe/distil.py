@@ -18,14 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import normalise, solver
 from . import plan as plans
-from . import solver
 from .caffemodel import Record
-from .data import open_lmdb
 from .derive import DATA, deploy
-from .engines import Engine, running
+from .engines import Engine
 from .errors import NetError, RebirthError
-from .evaluate import batches
+from .evaluate import observe
 from .merge import OUT, Merge
 from .net import TEST, TRAIN, Layer, Net
 from .prototxt import Field, Message, number, quote, render
@@ -133,23 +132,17 @@ class Teacher:
 
         A blob that is the same for all of them teaches nothing and is left out.
         """
-        with open_lmdb(self.database) as lmdb:
-            total = min(images, len(lmdb))
-            with running(engine, self.net, threads=threads, batch=min(50, total)) as session:
-                shapes = session.blobs()
-                sums = {blob: np.zeros(2) for blob in blobs}
-                seen = 0
-                for pixels, _ in batches(lmdb, shapes[self.images[0]][0]):
-                    values = np.zeros(shapes[self.images[0]], np.float32)
-                    values[: len(pixels)] = self.transform(pixels)
-                    used = min(len(pixels), total - seen)
-                    for blob, value in session.forward({self.images[0]: values}, blobs).items():
-                        exact = value[:used].astype(np.float64)
-                        sums[blob] += exact.sum(), np.square(exact).sum()
-                    seen += used
-                    progress(seen, total)
-                    if seen == total:
-                        break
+        sums = {blob: np.zeros(2) for blob in blobs}
+        shapes: dict[str, tuple[int, ...]] = {}
+        seen = 0
+        for found in observe(
+            self.net, blobs, self.database, self.transform, engine, threads, images, progress
+        ):
+            for blob, value in found.items():
+                exact = value.astype(np.float64)
+                sums[blob] += exact.sum(), np.square(exact).sum()
+                shapes[blob] = value.shape
+            seen += len(exact)
         targets = []
         for blob in blobs:
             size = math.prod(shapes[blob][1:])
@@ -178,11 +171,19 @@ def weight(done: float) -> float:
     return GROUPS[0] + (GROUPS[1] - GROUPS[0]) * done
 
 
-def side_by_side(reborn: Net, teacher: Teacher, targets: Sequence[Target], source: str, done: float) -> Net:
+def side_by_side(
+    reborn: Net,
+    teacher: Teacher,
+    targets: Sequence[Target],
+    source: str,
+    done: float,
+    normalised: Iterable[str] = (),
+) -> Net:
     """The train net of ``reborn`` (a train_val) beside its original, with the weights of both.
 
     ``source``: LABELS or IMAGES. Layers and blobs of the reborn net keep their names, so that what was
-    trained goes back into it; Dropout is left out. Raises RebirthError for another source.
+    trained goes back into it; Dropout is left out. Convolutions ``normalised`` are followed by norms, to be
+    folded into them again (see ``normalise``). Raises RebirthError for another source.
     """
     if source not in SOURCES:
         raise RebirthError(f"--distil {source}: give one of {', '.join(SOURCES)}")
@@ -198,8 +199,8 @@ def side_by_side(reborn: Net, teacher: Teacher, targets: Sequence[Target], sourc
         _compared(target, teacher, SCORES if target.blob == teacher.scores else weight(done))
         for target in targets
     ]
-    items = [*learning, *teacher.frozen(), *compared]
-    return student.edited([f"name: {quote(student.name)}\n", *items])
+    learner = normalise.with_norms(student.edited([f"name: {quote(student.name)}\n", *learning]), normalised)
+    return learner.edited([*learner.items, *teacher.frozen(), *compared])
 
 
 def template(given: str) -> str:

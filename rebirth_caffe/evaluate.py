@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .cost import cost
 from .data import UNLABELLED, Lmdb, open_lmdb
 from .derive import deploy
-from .engines import Engine
+from .engines import Engine, running
 from .errors import RebirthError
 from .net import TEST, Net
 from .transform import Transform
@@ -197,6 +197,34 @@ def _ends(net: Net, name: str) -> tuple[str, str, str]:
     if before.name == output.name:
         return inputs[0].name, output.name, "probabilities"
     return inputs[0].name, before.name, "scores"
+
+
+def observe(
+    net: Net,
+    blobs: Sequence[str],
+    database: Path | str,
+    transform: Transform,
+    engine: Engine,
+    threads: int = 1,
+    images: int = 500,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Mapping[str, Floats]]:
+    """What a deploy net with its weights gives in ``blobs`` for the first ``images`` of a database, batch by
+    batch: images x the shape of the blob."""
+    image = next(top for layer in net.layers if layer.type == "Input" for top in layer.top)
+    with open_lmdb(database) as lmdb:
+        total, seen = min(images, len(lmdb)), 0
+        with running(engine, net, threads=threads, batch=min(50, total)) as session:
+            shape = session.blobs()[image]
+            for pixels, _ in batches(lmdb, shape[0]):
+                values = np.zeros(shape, np.float32)
+                values[: len(pixels)] = transform(pixels)
+                used = min(len(pixels), total - seen)
+                yield {blob: value[:used] for blob, value in session.forward({image: values}, blobs).items()}
+                seen += used
+                progress(seen, total)
+                if seen == total:
+                    break
 
 
 def batch_size(net: Net) -> int:

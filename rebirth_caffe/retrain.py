@@ -31,7 +31,7 @@ from statistics import fmean
 from time import monotonic
 from typing import Any
 
-from . import caffemodel, distil, prototxt, sensitivity
+from . import caffemodel, distil, normalise, prototxt, sensitivity
 from . import plan as plans
 from .calibration import Calibration, Start, transform_of
 from .cost import cost
@@ -74,7 +74,8 @@ class Options:
     below the original (None: every step is kept), ``segment`` in iterations. ``schedule``: see Plan.steps.
     ``engine``, ``device``, ``amp``: what trains, where, and "bf16" or "" for float32.
     ``distil``: learn from the original, with the labels or from the images alone (one of distil.SOURCES);
-    "": from the labels only. ``test_interval``: test on the way, too, before the first segment of a step and
+    "": from the labels only. ``normalise``: with batch normalisation meanwhile, where ``distil`` is (see the
+    module of that name). ``test_interval``: test on the way, too, before the first segment of a step and
     at the ends of those that are multiples of so many iterations of it (0: only at its end).
     """
 
@@ -89,6 +90,7 @@ class Options:
     amp: str = ""
     schedule: str = "steps"
     distil: str = ""
+    normalise: bool = False
     test_interval: int = 0
 
 
@@ -216,11 +218,12 @@ class _Run:
             self.journal.add("begin", **now)
             return
         again = f"or remove {self.home / 'retrain'} to start again"
-        for name, value in begun["options"].items():
-            if now["options"].get(name) != value:
+        for name, asked in now["options"].items():
+            value = begun["options"].get(name)  # an option may be younger than the run
+            if asked != value and (asked or value):
                 flag = FLAGS.get(name, "--" + name.replace("_", "-"))
-                said = ",".join(value) if isinstance(value, list) else value
-                given = f"with {flag} {said}" if said not in (None, "") else f"without {flag}"
+                said = ",".join(value) if isinstance(value, list) else "" if value is True else f" {value}"
+                given = f"with {flag}{said}" if value not in (None, "", False) else f"without {flag}"
                 raise RebirthError(f"{self.home}: this run began {given}; go on like that, {again}")
         for name, digest in begun["files"].items():
             if now["files"].get(name) != digest:
@@ -300,7 +303,7 @@ class _Run:
         self._tidy(step, done["weights"])
         if done["kept"]:
             plan = Plan(self.plan.net, step.merges)
-            return plans.apply(net.without_weights(), plan).with_weights(self.home / done["weights"])
+            return self._trained(plans.apply(net.without_weights(), plan), done["weights"])
         smaller = self._smaller(step, net, done)
         if smaller is None:
             return net
@@ -324,8 +327,7 @@ class _Run:
             return self._left_out(step, net, f"as {lost[-1]} was rolled back ({error})", str(error))
         self.tell("step", {"stage": step.stage, "iterations": step.iterations})
         (self.home / "retrain" / step.folder).mkdir(exist_ok=True)
-        weights = f"retrain/{step.folder}/start.caffemodel"
-        self._learner(step, reborn).write_weights(self.home / weights)
+        weights = self._begin(step, reborn)
         found: dict[str, Any] = {}
         attempts = 1 if step.weights else 2
         for attempt in range(1, attempts + 1):
@@ -366,7 +368,9 @@ class _Run:
         if step.weights:
             trained = caffemodel.read(self.home / step.weights).by_name()
             names = {layer.name for layer in reborn.layers if layer.name in trained} - step.restored
-            return reborn.with_blobs({name: [blob.array for blob in trained[name].blobs] for name in names})
+            blobs = {name: [blob.array for blob in trained[name].blobs] for name in trained}
+            blobs |= normalise.fold(trained)
+            return reborn.with_blobs({name: blobs[name] for name in names})
         reborn, fitted = fit(
             net,
             reborn,
@@ -447,7 +451,41 @@ class _Run:
             targets = [dataclasses.asdict(target) for target in measured]
             found = self.journal.add("targets", step=step.folder, targets=targets)
         known = [distil.Target(**target) for target in found["targets"]]
-        return distil.side_by_side(reborn, self.teacher, known, self.options.distil, done)
+        norms = self._norms(reborn)
+        return distil.side_by_side(reborn, self.teacher, known, self.options.distil, done, norms)
+
+    def _norms(self, reborn: Net) -> list[str]:
+        """The convolutions that are normalised while ``reborn`` learns."""
+        if self.teacher is None or not self.options.normalise:
+            return []
+        return [layer.name for layer in normalise.convolutions(reborn)]
+
+    def _begin(self, step: Step, reborn: Net) -> str:
+        """Write the weights that a step begins with, once; their path."""
+        weights = f"retrain/{step.folder}/start.caffemodel"
+        if self.journal.find("started", step=step.folder) is None:
+            learner, norms = self._learner(step, reborn), self._norms(reborn)
+            if self.teacher is not None and norms:
+                moments = normalise.measure(
+                    reborn,
+                    norms,
+                    self.teacher.database,
+                    self.teacher.transform,
+                    self.trainer.engine,
+                    self.options.threads,
+                    lambda n, of: self.tell("testing", {"what": "the reborn net", "done": n, "of": of}),
+                )
+                learner = normalise.started(learner, moments)
+            learner.write_weights(self.home / weights)
+            sync(self.home / weights)
+            self.journal.add("started", step=step.folder)
+        return weights
+
+    def _trained(self, reborn: Net, weights: str) -> Net:
+        """``reborn`` with the weights that a training has come to."""
+        net = reborn.with_weights(self.home / weights)
+        records = [*net.strangers, *(layer.record for layer in net.layers if layer.record is not None)]
+        return net.with_blobs(normalise.fold({record.name: record for record in records}))
 
     def _done(self, step: Step, before: Net, after: Net, **found: Any) -> Event:
         """Record how a step ended: the net before it, and the one that was trained."""
@@ -479,7 +517,7 @@ class _Run:
                 ended = self._segments(step, attempt, reborn, weights, SLOWER if diverged else 1.0)
                 tested = self.journal.find("tested", step=step.folder, attempt=attempt)
                 if tested is None:
-                    accuracy = self._test(reborn.with_weights(self.home / ended), step.stage)
+                    accuracy = self._test(self._trained(reborn, ended), step.stage)
                     numbers = dataclasses.asdict(accuracy)
                     tested = self.journal.add("tested", step=step.folder, attempt=attempt, **numbers)
                 return ended, tested
@@ -572,7 +610,7 @@ class _Run:
         interval = self.options.test_interval
         if not interval or at % interval or self.journal.find("curve", **place) is not None:
             return
-        accuracy = self._test(reborn.with_weights(self.home / weights), f"{step.stage} at {at:,}")
+        accuracy = self._test(self._trained(reborn, weights), f"{step.stage} at {at:,}")
         self.tell("curve", self.journal.add("curve", **place, **dataclasses.asdict(accuracy)))
 
     def _skip(self, net: Net, iteration: int) -> int:

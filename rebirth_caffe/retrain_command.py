@@ -43,6 +43,9 @@ def parse_args() -> argparse.Namespace:
                    help="test on the way, too, where a step begins and where a segment ends at a multiple of "
                    "N iterations (default: only where a step ends)")  # fmt: skip
     cli.learning(p, *["as the directory was made"] * 2)
+    p.add_argument("--normalise", action=argparse.BooleanOptionalAction,
+                   help="with --distil: BatchNorm behind every convolution while it learns, and folded "
+                   "into it in what is tested and written (default: yes)")  # fmt: skip
     p.add_argument("--stage", metavar="ID", default="", help="stop after this step")
     return p.parse_args()
 
@@ -120,6 +123,8 @@ def _retrain(args: argparse.Namespace, trainer: Trainer) -> None:
     if args.distil is not None:
         distil = args.distil
         schedule = schedule_for(args.schedule, distil)
+    if args.normalise and not distil:
+        raise RebirthError("--normalise is for learning from the original; give --distil, too")
     options = Options(
         iterations=args.iterations or made_for.iterations,
         final_iterations=args.final_iterations,
@@ -133,6 +138,7 @@ def _retrain(args: argparse.Namespace, trainer: Trainer) -> None:
         schedule=schedule,
         test_interval=args.test_interval,
         distil=distil,
+        normalise=bool(distil) if args.normalise is None else args.normalise,
     )
 
     def tell(what: str, details: dict[str, Any]) -> None:

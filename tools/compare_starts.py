@@ -88,6 +88,7 @@ def parse_args() -> argparse.Namespace:
         help=f"base_lr to choose from; one alone is taken (default: {','.join(map(str, RATES))})",
     )
     p.add_argument("--seeds", type=_wholes, default=(1, 2, 3), help="default: 1,2,3")
+    p.add_argument("--plan", metavar="YAML", type=Path, help="merges, instead of --kernel and --reduce")
     p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="auto", help="default: auto")
     p.add_argument("--reduce", type=float, default=0.5, help="of rebirth_net.py (default: 0.5)")
     p.add_argument(
@@ -137,8 +138,8 @@ def main() -> None:
     run(
         [
             Job(s, n, seed, rates[s], False)
-            for n in args.iterations
             for seed in args.seeds
+            for n in args.iterations
             for s in args.starts
         ],
         args,
@@ -194,6 +195,7 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
         made = rebirth(
             args.net / "train_val.prototxt",
             weights,
+            plan=args.plan,
             kernel=args.kernel,
             reduce=args.reduce,
             init=begin.init,
@@ -209,6 +211,7 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
         segment=segment,
         schedule="joint",
         distil=begin.distil,
+        normalise=bool(begin.distil),
         test_interval=2 * segment,
         engine=args.engine,
         device=args.device,

@@ -130,8 +130,9 @@ def _float(text: str) -> float:
 
 def main() -> None:
     args = parse_args()
-    # These matrices are small: threads would only wait for each other.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if args.init != "lsq" and not args.sensitivity:
+        # These matrices are small: threads would only wait for each other.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from rebirth_caffe.rebirth import rebirth
 
     with _progress(args) as tell:

@@ -145,6 +145,8 @@ def fit(x: Floats, y: Floats, held: NDArray[np.bool_], relu: bool, start: Double
     for ridge in RIDGES:
         at = regression.fit(mine, relu, ridge, start, at)
         tried.append((error(x[held], test, at, relu), ridge, at))
+        if tried[-1][0] > TOLERANCE * min(wrong for wrong, *_ in tried):
+            break  # with less of it the fit only follows what the held-out rows do not share
     good = TOLERANCE * min(wrong for wrong, *_ in tried)
     wrong, ridge, at = next(one for one in tried if one[0] <= good)
     return Solution(*_Regression(x).fit(y, relu, ridge, start, at), ridge, wrong)
