@@ -1,6 +1,9 @@
 """Batch normalisation while a net learns: at first it changes nothing, and what it has taught is kept."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +189,20 @@ def test_a_run_that_began_otherwise(trained, caffe, tmp_path):
     journal.write_text(text.replace('"normalise": false', '"normalise": true'))
     with pytest.raises(RebirthError, match=r"this run began with --normalise; go on like that"):
         retrain(home, plain, CaffeTrainer(caffe))
+
+
+def test_the_command_normalises_what_learns_from_its_original_alone(trained, caffe, tmp_path):
+    learning = {"distil": "labels", "engine": CaffeEngine(caffe)}
+    home = tiny.reborn(trained, tmp_path / "home", solver=None, iterations=4, learning=learning)
+    command = [sys.executable, tiny.ROOT / "tools/retrain.py", home, "--segment", "4"]
+    done = subprocess.run(
+        [*command, "--distil", "no", "--normalise"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: --normalise is for learning from the original; give --distil, too\n"
+    for more, there in (([], True), (["--no-normalise"], False)):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        learned_with = (home / "retrain/01-joint/train_val.prototxt").read_text()
+        assert ("BatchNorm" in learned_with) is there
+        shutil.rmtree(home / "retrain")

@@ -94,6 +94,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument(
         "--images", type=cli.positive, default=1024, help="of --fit, to calibrate on (default: 1024)"
     )
+    p.add_argument("--normalise", action=argparse.BooleanOptionalAction, default=True,
+                   help="of retrain.py, where the original is learned from (default: yes)")  # fmt: skip
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
     engine_options(p)
     p.add_argument("--work", metavar="DIR", type=Path, default=Path("starts"), help="default: starts/")
@@ -211,7 +213,7 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
         segment=segment,
         schedule="joint",
         distil=begin.distil,
-        normalise=bool(begin.distil),
+        normalise=bool(begin.distil) and args.normalise,
         test_interval=2 * segment,
         engine=args.engine,
         device=args.device,
