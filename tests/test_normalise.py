@@ -194,7 +194,7 @@ def test_a_run_that_began_otherwise(trained, caffe, tmp_path):
 def test_the_command_normalises_what_learns_from_its_original_alone(trained, caffe, tmp_path):
     learning = {"distil": "labels", "engine": CaffeEngine(caffe)}
     home = tiny.reborn(trained, tmp_path / "home", solver=None, iterations=4, learning=learning)
-    command = [sys.executable, tiny.ROOT / "tools/retrain.py", home, "--segment", "4"]
+    command = [sys.executable, str(tiny.ROOT / "tools/retrain.py"), str(home), "--segment", "4"]
     done = subprocess.run(
         [*command, "--distil", "no", "--normalise"], capture_output=True, text=True, check=False
     )
