@@ -220,10 +220,10 @@ class _Run:
         again = f"or remove {self.home / 'retrain'} to start again"
         for name, asked in now["options"].items():
             value = begun["options"].get(name)  # an option may be younger than the run
-            if asked != value and (asked or value):
+            if asked != value and not (_unset(asked) and _unset(value)):
                 flag = FLAGS.get(name, "--" + name.replace("_", "-"))
-                said = ",".join(value) if isinstance(value, list) else "" if value is True else f" {value}"
-                given = f"with {flag}{said}" if value not in (None, "", False) else f"without {flag}"
+                said = ",".join(value) if isinstance(value, list) else "" if value is True else str(value)
+                given = f"without {flag}" if _unset(value) else f"with {flag} {said}".rstrip()
                 raise RebirthError(f"{self.home}: this run began {given}; go on like that, {again}")
         for name, digest in begun["files"].items():
             if now["files"].get(name) != digest:
@@ -461,24 +461,25 @@ class _Run:
         return [layer.name for layer in normalise.convolutions(reborn)]
 
     def _begin(self, step: Step, reborn: Net) -> str:
-        """Write the weights that a step begins with, once; their path."""
+        """Write the weights that a step begins with; their path."""
         weights = f"retrain/{step.folder}/start.caffemodel"
-        if self.journal.find("started", step=step.folder) is None:
-            learner, norms = self._learner(step, reborn), self._norms(reborn)
-            if self.teacher is not None and norms:
-                moments = normalise.measure(
-                    reborn,
-                    norms,
-                    self.teacher.database,
-                    self.teacher.transform,
-                    self.trainer.engine,
-                    self.options.threads,
-                    lambda n, of: self.tell("testing", {"what": "the reborn net", "done": n, "of": of}),
-                )
-                learner = normalise.started(learner, moments)
+        norms = self._norms(reborn)
+        if self.teacher is None or not norms:
+            self._learner(step, reborn).write_weights(self.home / weights)
+        elif self.journal.find("measured", step=step.folder) is None:
+            moments = normalise.measure(
+                reborn,
+                norms,
+                self.teacher.database,
+                self.teacher.transform,
+                self.trainer.engine,
+                self.options.threads,
+                lambda n, of: self.tell("testing", {"what": "the reborn net", "done": n, "of": of}),
+            )
+            learner = normalise.started(self._learner(step, reborn), moments)
             learner.write_weights(self.home / weights)
             sync(self.home / weights)
-            self.journal.add("started", step=step.folder)
+            self.journal.add("measured", step=step.folder)
         return weights
 
     def _trained(self, reborn: Net, weights: str) -> Net:
@@ -732,6 +733,11 @@ class _Told:
         self.losses.append((iteration, loss))
         of = self.step.iterations
         self.tell("progress", {"stage": self.step.stage, "iteration": iteration, "of": of, "loss": loss})
+
+
+def _unset(option: Any) -> bool:
+    """Whether an option is as if it had not been given; 0 is something given."""
+    return option is None or option is False or option in ("", [])
 
 
 def _risen(losses: Sequence[float]) -> bool:
