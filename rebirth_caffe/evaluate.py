@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .cost import cost
 from .data import UNLABELLED, Lmdb, open_lmdb
 from .derive import deploy
-from .engines import Engine, running
+from .engines import Engine, Session, running
 from .errors import RebirthError
 from .net import TEST, Net
 from .transform import Transform
@@ -147,15 +147,13 @@ def _scores(
                     f"{name}: takes {_x(wanted[1:])}, the images of {database} are {_x(shape)} after the "
                     "transformation; give the --crop it was trained with, or other images"
                 )
-            for pixels, labels in batches(images, wanted[0]):
-                values = np.zeros(wanted, np.float32)
-                values[: len(labels)] = transform(pixels)
-                out = session.forward({blob: values}, [output])[output]
+            for found, labels in _forwards(session, blob, images, transform, [output]):
+                out = found[output]
                 if math.prod(out.shape[2:]) != 1:
                     raise RebirthError(
                         f"{name}: gives {_x(out.shape[1:])} for an image, not a score for each class"
                     )
-                scores = out.reshape(len(out), -1)[: len(labels)]
+                scores = out.reshape(len(out), -1)
                 if not np.isfinite(scores).all():
                     raise NotFinite(f"{name}: the net's output is not finite; its weights have diverged")
                 yield scores, labels, kind
@@ -215,16 +213,25 @@ def observe(
     with open_lmdb(database) as lmdb:
         total, seen = min(images, len(lmdb)), 0
         with running(engine, net, threads=threads, batch=min(50, total)) as session:
-            shape = session.blobs()[image]
-            for pixels, _ in batches(lmdb, shape[0]):
-                values = np.zeros(shape, np.float32)
-                values[: len(pixels)] = transform(pixels)
-                used = min(len(pixels), total - seen)
-                yield {blob: value[:used] for blob, value in session.forward({image: values}, blobs).items()}
+            for found, labels in _forwards(session, image, lmdb, transform, blobs):
+                used = min(len(labels), total - seen)
+                yield {blob: value[:used] for blob, value in found.items()}
                 seen += used
                 progress(seen, total)
                 if seen == total:
                     break
+
+
+def _forwards(
+    session: Session, image: str, images: Lmdb, transform: Transform, blobs: Sequence[str]
+) -> Iterator[tuple[dict[str, Floats], Labels]]:
+    """What a net gives in ``blobs`` for each batch of ``images`` put into ``image``; and their labels."""
+    shape = session.blobs()[image]
+    for pixels, labels in batches(images, shape[0]):
+        values = np.zeros(shape, np.float32)
+        values[: len(labels)] = transform(pixels)
+        found = session.forward({image: values}, blobs)
+        yield {blob: value[: len(labels)] for blob, value in found.items()}, labels
 
 
 def batch_size(net: Net) -> int:

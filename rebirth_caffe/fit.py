@@ -13,8 +13,10 @@ reducer and of the absorbed branches, that tell best what the layer above needs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,9 @@ HELD = 5  # every fifth image chooses the ridge
 MOST_INPUTS = 4096  # of a layer: time goes with their cube
 
 Flags = NDArray[np.bool_]
+Batch = tuple[Floats, int]  # images, and how many there are in all
+Found = list[Mapping[str, Floats]]  # blobs, of each net
+Forward = Callable[[Floats], Mapping[str, Floats]]  # from images to blobs
 Places = tuple[NDArray[np.int64], ...]  # image, row, column
 
 
@@ -161,9 +166,9 @@ class _Fit:
                 for side, blobs in ((level.old, gives), (level.new, reads))
             )
             shape = level.old.shapes[level.old.input][1:]
+            batches = self.calibration.batches((shape[0], shape[1], shape[2]), size)
             seen = 0
-            for images, total in self.calibration.batches((shape[0], shape[1], shape[2]), size):
-                given, wanted = new(images), old(images)
+            for (images, total), (given, wanted) in stack.enter_context(_computing((new, old), batches)):
                 held = np.arange(seen, seen + len(images)) % HELD == HELD - 1
                 for name, target in targets.items():
                     y = np.concatenate(
@@ -176,9 +181,7 @@ class _Fit:
         return {name: tuple(map(np.concatenate, zip(*some, strict=True))) for name, some in rows.items()}  # type: ignore[misc]
 
     @contextmanager
-    def _running(
-        self, side: _Side, blobs: Sequence[str], size: int
-    ) -> Iterator[Callable[[Floats], Mapping[str, Floats]]]:
+    def _running(self, side: _Side, blobs: Sequence[str], size: int) -> Iterator[Forward]:
         """A function from images, at most ``size``, to blobs."""
         made = [name for name in blobs if name != side.input]
         if not made:
@@ -194,6 +197,24 @@ class _Fit:
                 return {side.input: images, **{name: blob[: len(images)] for name, blob in found.items()}}
 
             yield forward
+
+
+@contextmanager
+def _computing(sides: Sequence[Forward], batches: Iterator[Batch]) -> Iterator[Iterator[tuple[Batch, Found]]]:
+    """Each batch with what the nets make of it. They compute at the same time, a batch ahead."""
+    with ThreadPoolExecutor(len(sides)) as pool:
+
+        def computed() -> Iterator[tuple[Batch, Found]]:
+            last: Batch | None = None
+            begun: list[Future[Mapping[str, Floats]]] = []
+            for batch in chain(batches, [None]):
+                found = [one.result() for one in begun]  # a net takes one batch at a time
+                begun = [pool.submit(side, batch[0]) for side in sides] if batch is not None else []
+                if last is not None:
+                    yield last, found
+                last = batch
+
+        yield computed()
 
 
 def _levels(merge: Merge, names: set[str]) -> list[list[Spec]]:

@@ -21,6 +21,7 @@ from .caffemodel import Array, Record
 from .derive import deploy
 from .engines import Engine
 from .evaluate import observe
+from .init.exact import batch_norm
 from .net import TEST, Layer, Net
 from .prototxt import quote
 from .transform import Transform
@@ -140,13 +141,11 @@ def fold(records: Mapping[str, Record]) -> dict[str, list[Array]]:
         if norm not in records:
             continue
         weight, bias = (blob.array.astype(np.float64) for blob in records[name].blobs)
-        mean, variance, count = (blob.array.ravel().astype(np.float64) for blob in records[norm].blobs)
+        factor, shift = batch_norm(records[norm].blobs, EPS)
         gamma, beta = (blob.array.ravel().astype(np.float64) for blob in records[scale].blobs)
-        factor = gamma / np.sqrt(variance / count + EPS)
-        shift = (bias.ravel() - mean / count) * factor + beta
-        found[name] = _single(
-            weight * factor.reshape(-1, *[1] * (weight.ndim - 1)), shift.reshape(bias.shape)
-        )
+        factor, shift = gamma * factor, gamma * shift + beta
+        weight *= factor.reshape(-1, *[1] * (weight.ndim - 1))
+        found[name] = _single(weight, (bias.ravel() * factor + shift).reshape(bias.shape))
     return found
 
 

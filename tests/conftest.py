@@ -13,6 +13,7 @@ import pytest
 
 from rebirth_caffe.engines.caffe import Caffe, find_caffe
 from rebirth_caffe.errors import EngineError
+from tests import tiny
 
 # A shell's background job ignores these, and so would every child that a test interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,6 +27,12 @@ def caffe() -> Caffe:
         return find_caffe()
     except EngineError as error:
         missing(str(error))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, caffe: Caffe) -> Path:
+    """The folder of the tiny net, its databases and what real Caffe has taught it."""
+    return tiny.trained(tmp_path_factory, caffe)
 
 
 def missing(runtime: str) -> NoReturn:

@@ -31,18 +31,8 @@ result = {name: [list(blob.data.shape), blob.data.ravel().tolist()] for name, bl
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, caffe):
-    return tiny.trained(tmp_path_factory, caffe)
-
-
-@pytest.fixture(scope="session")
 def original(trained):
-    net = Net.load(trained / "train_val.prototxt", trained / "original.caffemodel")
-    data = {"train.lmdb": str(trained / "train.lmdb"), "test.lmdb": str(trained / "test.lmdb")}
-    text = net.text()
-    for name, path in data.items():
-        text = text.replace(f'"{name}"', f'"{path}"')
-    return Net.parse(text).with_weights(trained / "original.caffemodel")
+    return tiny.learned(trained)
 
 
 @pytest.fixture(scope="session")

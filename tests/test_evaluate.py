@@ -35,11 +35,6 @@ result = {name: value / batches for name, value in sums.items()}
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, caffe):
-    return tiny.trained(tmp_path_factory, caffe)
-
-
-@pytest.fixture(scope="session")
 def by_caffe(trained, in_caffe):
     """What Caffe's Accuracy and SoftmaxWithLoss say of the tiny net."""
     text = tiny.NET.replace("test.lmdb", str(trained / "test.lmdb"))

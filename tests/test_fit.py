@@ -259,8 +259,7 @@ def test_without_complete_weights_there_is_nothing_to_learn_from(images, by_caff
         fitted(original, images, by_caffe)
 
 
-def test_every_training_step_starts_from_a_fit_to_the_net_before_it(tmp_path_factory, caffe, tmp_path):
-    trained = tiny.trained(tmp_path_factory, caffe)
+def test_every_training_step_starts_from_a_fit_to_the_net_before_it(trained, caffe, tmp_path):
     home = tiny.reborn(trained, tmp_path / "home", iterations=2, init="lsq")
     settings = json.loads((home / "original/settings.json").read_text())
     assert (settings["calibration"], settings["images"]) == (str(trained / "train.lmdb"), 1024)

@@ -49,16 +49,8 @@ def net_of(text: str) -> Net:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, caffe):
-    return tiny.trained(tmp_path_factory, caffe)
-
-
-@pytest.fixture(scope="module")
 def original(trained):
-    text = (trained / "train_val.prototxt").read_text()
-    for name in ("train.lmdb", "test.lmdb"):
-        text = text.replace(f'"{name}"', f'"{trained / name}"')
-    return Net.parse(text).with_weights(trained / "original.caffemodel")
+    return tiny.learned(trained)
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +115,7 @@ def test_the_moments_are_those_of_what_the_convolutions_put_out(reborn, trained,
     assert variance == pytest.approx(out.var(axis=(0, 2, 3)), rel=1e-4)
 
 
-def test_the_files_have_the_two_layers_and_caffe_learns_with_them(original, reborn, caffe):
+def test_the_files_have_the_two_layers(original, reborn, caffe):
     teacher = Teacher(original)
     merges = plans.propose(original).plan.merges
     targets = teacher.measure(blobs(reborn, merges), CaffeEngine(caffe), images=50)

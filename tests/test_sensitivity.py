@@ -10,7 +10,6 @@ from rebirth_caffe.report import show
 from rebirth_caffe.sensitivity import Sensitivity, variants
 from rebirth_caffe.solver import TrainData
 from rebirth_caffe.stages import Training
-from tests import tiny
 from tests.test_fit import inception
 
 
@@ -25,8 +24,7 @@ def test_every_geometry_once():
         plans.apply(inception(), plan)
 
 
-def test_merges_are_measured_alone_and_kept_as_data(tmp_path_factory, caffe, tmp_path, monkeypatch, capsys):
-    trained = tiny.trained(tmp_path_factory, caffe)
+def test_merges_are_measured_alone_and_kept_as_data(trained, caffe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "RUNS", 2)
     data = TrainData(str(trained / "train.lmdb"), str(trained / "test.lmdb"))
     result = rebirth(

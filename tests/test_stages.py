@@ -24,11 +24,6 @@ STAGES = ["conv1", "conv2", "3a", "3b", "4a", "4b-4d", "4e", "5a", "5b"]
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, caffe):
-    return tiny.trained(tmp_path_factory, caffe)
-
-
-@pytest.fixture(scope="session")
 def large(tmp_path_factory):
     """A database for GoogLeNet."""
     path = tmp_path_factory.mktemp("large") / "large.lmdb"

@@ -16,6 +16,7 @@ import numpy as np
 from rebirth_caffe.data import Images, from_idx, write_lmdb
 from rebirth_caffe.engines.caffe import Caffe
 from rebirth_caffe.engines.training import Run, train
+from rebirth_caffe.net import Net
 from rebirth_caffe.rebirth import rebirth
 from rebirth_caffe.solver import TrainData
 from rebirth_caffe.stages import Training
@@ -136,6 +137,14 @@ def trained(tmp_path_factory: Any, caffe: Caffe) -> Path:
         original(caffe, folder)
 
     return once(shared_folder(tmp_path_factory) / "tiny", make)
+
+
+def learned(trained: Path) -> Net:
+    """The tiny net as real Caffe has taught it, its Data layers reading the databases from anywhere."""
+    text = (trained / "train_val.prototxt").read_text()
+    for name in ("train.lmdb", "test.lmdb"):
+        text = text.replace(f'"{name}"', f'"{trained / name}"')
+    return Net.parse(text).with_weights(trained / "original.caffemodel")
 
 
 def reborn(

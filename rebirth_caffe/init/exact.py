@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..caffemodel import Array
+from ..caffemodel import Array, Blob
 from ..errors import WeightsError
 from ..merge import TENSOR, Merge
 from ..net import Layer, Net
@@ -92,9 +92,14 @@ def _own_affine(layer: Layer) -> tuple[Double, Double]:
         return np.ones(1), blobs[0]
     if layer.type == "Scale":
         return blobs[0], blobs[1] if len(blobs) > 1 else np.zeros(1)
-    mean, variance, count = blobs
+    return batch_norm(layer.blobs, layer.param.batch_norm_param.eps)
+
+
+def batch_norm(blobs: Sequence[Blob], eps: float) -> tuple[Double, Double]:
+    """(factor, shift) a channel of a BatchNorm with these three blobs, in TEST."""
+    mean, variance, count = (blob.array.astype(np.float64).reshape(-1) for blob in blobs)
     unit = 0.0 if count[0] == 0 else 1 / count[0]
-    factor = 1 / np.sqrt(variance * unit + layer.param.batch_norm_param.eps)
+    factor = 1 / np.sqrt(variance * unit + eps)
     return factor, -mean * unit * factor
 
 
