@@ -62,7 +62,14 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
     assert again == lines  # nothing is done twice
     picture = tmp_path / "starts.png"
     done = plot(tmp_path / "starts.jsonl", picture)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"wrote {picture}\n", "")
+    *table, wrote = done.stdout.splitlines()
+    assert (done.returncode, wrote, done.stderr) == (0, f"wrote {picture}", "")
+    ends = {line["job"]["start"]: line for line in lines if not line["job"]["held_out"]}
+    assert table[0] == "| start | base_lr | 3 |"
+    assert sorted(table[2:]) == sorted(
+        f"| {start} | {end['job']['rate']:g} | {100 * end['final']['top1']:.2f} |"
+        for start, end in ends.items()
+    )
     drawn = cv2.imread(str(picture))
     assert drawn is not None
     assert drawn.std() > 10

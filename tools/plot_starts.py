@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw what compare_starts.py wrote: top-1 of every start against iterations and against seconds."""
+"""Draw what compare_starts.py wrote, top-1 against iterations and seconds, and print how every run ended."""
 
 from __future__ import annotations
 
@@ -39,7 +39,23 @@ def main() -> None:
     if not starts:
         raise RebirthError(f"{args.runs}: no run of {length:,} iterations to draw")
     draw(starts, args.picture)
+    print(table(runs))
     print(f"wrote {args.picture}")
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Top-1 at the end of every run, in %, a row (of Markdown) a start and rate: its seeds side by side."""
+    found: dict[tuple[str, float], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for run in sorted(runs, key=lambda run: run["job"]["seed"]):
+        job = run["job"]
+        found[job["start"], job["rate"]][job["iterations"]].append(f"{run['final']['top1']:.2%}"[:-1])
+    lengths = sorted({run["job"]["iterations"] for run in runs})
+    head = ["start", "base_lr", *(f"{length:,}" for length in lengths)]
+    rows = [
+        [start, f"{rate:g}", *(", ".join(ends[length]) for length in lengths)]
+        for (start, rate), ends in found.items()
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:
