@@ -35,7 +35,7 @@ def main() -> None:
     starts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         if run["job"]["iterations"] == length:
-            starts[run["job"]["start"]].append(run)
+            starts[f"{run['job']['start']} at {run['job']['rate']:g}"].append(run)
     if not starts:
         raise RebirthError(f"{args.runs}: no run of {length:,} iterations to draw")
     draw(starts, args.picture)
@@ -59,7 +59,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:
-    """A line for each start: the mean over its seeds, in a band from the lowest to the highest."""
+    """A line for each start and rate: the mean over its seeds, in a band from the lowest to the highest."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -95,6 +95,9 @@ def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:
             originals = {run["original"]["top1"] for runs in starts.values() for run in runs}
             for top1 in originals:
                 axes.axhline(100 * top1, color="#666666", linewidth=1, linestyle="--")
+        # Where they begin says little, and would leave the rest no room.
+        later = [y for runs in starts.values() for run in runs for _, y in curve(run)[1:]]
+        panes[0].set_ylim(bottom=max(0, 100 * min(later) - 3))
         panes[0].set_ylabel("top-1 on the test data, %; dashed: the original")
         panes[1].legend(fontsize=9, frameon=False, loc="lower right")
         figure.savefig(picture, dpi=110, format="png")
