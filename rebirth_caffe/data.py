@@ -23,7 +23,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -61,18 +61,18 @@ class Images:
 
     names: Sequence[str]
     labels: Labels
-    load: Callable[[int], bytes | Pixels]  # a file's bytes, or pixels: height x width
+    load: Callable[[int], bytes | Pixels]  # a file's bytes, or pixels: height x width (x 3)
     classes: tuple[str, ...]  # what each label is called
     notes: tuple[str, ...] = ()  # what a person should know about them
 
 
 def find_images(source: str, root: str | Path | None = None) -> Images:
-    """The images of a folder with one folder per class (or of a folder of images without labels), of a Caffe
-    list file or of an ``IMAGES,LABELS`` pair of idx files. ``root`` is where a list's paths start (default:
-    the list's folder)."""
+    """The images of a folder with one folder per class (or of a folder of images without labels), of a
+    database, of a Caffe list file or of an ``IMAGES,LABELS`` pair of idx files. ``root`` is where a list's
+    paths start (default: the list's folder)."""
     path = Path(source)
     if path.is_dir():
-        return from_folders(path)
+        return from_lmdb(path) if (path / "data.mdb").exists() else from_folders(path)
     if path.exists():
         return from_list(path, None if root is None else Path(root))
     pair = source.split(",")
@@ -156,6 +156,26 @@ def from_idx(images: Path, labels: Path) -> Images:
     return Images(names, numbers, lambda i: pixels[i], *_numbered(numbers))
 
 
+def from_lmdb(path: Path) -> Images:
+    """The images of a database; their classes are called what its labels.txt says, if it has one."""
+    database = open_lmdb(path)
+    labels = np.array([label for _, label in database], np.int64)
+    names = [f"{path.name}[{i}]" for i in range(len(labels))]
+
+    def load(i: int) -> Pixels:
+        pixels = database[i][0]
+        return pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+
+    if labels.min() < 0:
+        return Images(names, np.full_like(labels, UNLABELLED), load, ())
+    classes, notes = _numbered(labels)
+    with suppress(OSError):
+        given = (path / "labels.txt").read_text("utf-8", "surrogateescape").splitlines()
+        if len(given) >= len(classes):
+            classes = tuple(given)
+    return Images(names, labels, load, classes, notes)
+
+
 def _numbered(labels: Labels) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Class names and notes for labels that nobody named."""
     number = int(labels.max()) + 1
@@ -224,6 +244,8 @@ class Recipe:
         """The image without its padding: height x width (x 3). Raises ValueError where it is none."""
         kind = cv2.IMREAD_GRAYSCALE if self.gray else cv2.IMREAD_COLOR
         image = data if isinstance(data, np.ndarray) else _decode(data, kind)
+        if self.gray and image.ndim == 3:
+            image = np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), np.uint8)
         if self.resize is not None and image.shape[:2] != self.resize:
             image = np.asarray(cv2.resize(image, self.resize[::-1]), np.uint8)
         return image

@@ -306,6 +306,34 @@ def test_order_by_class_is_noticed():
     assert not by_class(np.array([], int))
 
 
+@pytest.mark.parametrize(("shape", "encoded"), [((5, 7, 3), False), ((5, 7), False), ((5, 7, 3), True)])
+def test_a_database_is_a_source(tmp_path, shape, encoded):
+    array = pixels(6, *shape)
+    labels = np.arange(6) % 2
+    recipe = Recipe(gray=len(shape) == 2, encoded=encoded)
+    write_lmdb(tmp_path / "x.lmdb", Images([*"abcdef"], labels, lambda i: array[i], ("cat", "dog")), recipe)
+    found = find_images(str(tmp_path / "x.lmdb"))
+    assert found.classes == ("cat", "dog")
+    assert found.names[5] == "x.lmdb[5]"
+    write_lmdb(tmp_path / "y.lmdb", found, order=np.array([4, 1]))
+    for (image, label), i in zip(open_lmdb(tmp_path / "y.lmdb"), (4, 1), strict=True):
+        assert np.array_equal(image, planes(array[i]))
+        assert label == labels[i]
+    written = write_lmdb(tmp_path / "z.lmdb", found, Recipe(gray=True))
+    assert written.shape == (1, 5, 7)
+
+
+def test_a_database_without_labels_or_names_is_a_source(tmp_path):
+    array, images = some()
+    for labels, classes in ((np.full(6, UNLABELLED), ()), (np.array([0, 2] * 3), ("0", "1", "2"))):
+        unnamed = Images(images.names, labels, images.load, ())
+        write_lmdb(tmp_path / "x.lmdb", unnamed, force=True)
+        found = find_images(str(tmp_path / "x.lmdb"))
+        assert found.classes == classes
+        assert found.labels.tolist() == labels.tolist()
+        assert np.array_equal(found.load(3), array[3])
+
+
 # -------------------------------------------------------------------------------------------------- recipes
 
 

@@ -100,6 +100,18 @@ def test_a_validation_split(tmp_path, folders):
     assert sorted(labels(held)) == [0, 0, 0, 1, 1, 1]
 
 
+def test_many_images_are_made_of_few(tmp_path, folders):
+    run("make_lmdb.py", folders, tmp_path / "few.lmdb", "--shuffle", "--limit", 4)
+    out = tmp_path / "many.lmdb"
+    done = run("make_lmdb.py", tmp_path / "few.lmdb", out, "--mix", 50, "--pad", 2)
+    assert f"{out}: 50 images of 3x10x12, no labels" in done.stdout
+    assert done.stderr == ""
+    assert labels(out) == [-1] * 50
+    assert len({image.tobytes() for image, _ in open_lmdb(out)}) == 50
+    assert json.loads((out / "about.json").read_text())["mix"] == 50
+    assert "few.lmdb[3]" in (out / "list.txt").read_text()
+
+
 def test_all_the_options_of_an_image(tmp_path, folders):
     options = ["--resize", "4x5", "--gray", "--pad", "1", "--encoded", "--limit", "3", "--strict"]
     done = run("make_lmdb.py", folders, tmp_path / "x.lmdb", *options)
@@ -131,6 +143,8 @@ def test_unreadable_images_are_said_and_only_strict_fails(tmp_path, folders):
         (["src", "x.lmdb", "--seed", "a"], "argument --seed: 'a' is no whole number from 0"),
         (["src", "x.lmdb", "--hold-out", "2", "y.lmdb"], "--hold-out: '2' is not a fraction between 0 and 1"),
         (["src", "x.lmdb", "--hold-out", "0.1", "./x.lmdb"], "x.lmdb: given for both parts"),
+        (["src", "x.lmdb", "--mix", "0"], "argument --mix: '0' is no whole number from 1"),
+        (["src", "x.lmdb", "--mix", "9", "--hold-out", "0.1", "y.lmdb"], "--mix: makes one database"),
         (["src", "src", "--force"], "src: holds cat, so it is not just a database"),
         (["src", "/"], "error: /: not a name for a database"),
         (["src"], "the following arguments are required: OUT.lmdb"),

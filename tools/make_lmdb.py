@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rebirth_caffe import cli
 
 EPILOG = """SRC is a folder with one folder of images per class (labels count them in alphabetical order), a
-folder of images without labels (for retrain.py --distil images), a
+folder of images without labels (for retrain.py --distil images), a database, a
 Caffe list file with a line PATH LABEL for each image, or the two files of MNIST: IMAGES,LABELS (idx or .gz).
 OUT is a folder: the database, the names of the classes (labels.txt), what became which record (list.txt) and
 the mean image (mean.binaryproto). The mean values are printed at the end and kept in about.json."""
@@ -21,7 +21,7 @@ the mean image (mean.binaryproto). The mean values are printed at the end and ke
 
 def parse_args() -> argparse.Namespace:
     p = cli.Parser(description=__doc__, epilog=EPILOG)
-    p.add_argument("src", metavar="SRC", help="a folder per class, a list file, or IMAGES,LABELS")
+    p.add_argument("src", metavar="SRC", help="a folder per class, a database, a list file, or IMAGES,LABELS")
     p.add_argument("out", metavar="OUT.lmdb", type=Path, help="the database to make")
     p.add_argument("--root", metavar="DIR", help="where a list file's paths start (default: its folder)")
     p.add_argument("--resize", metavar="HxW", type=_size, help="bilinear, as Caffe's convert_imageset does")
@@ -32,10 +32,12 @@ def parse_args() -> argparse.Namespace:
         "--encoded", action="store_true", help="keep JPEG and PNG files as they are: smaller, slower"
     )
     p.add_argument("--shuffle", action="store_true", help="in random order: training needs it")
-    p.add_argument(
-        "--seed", metavar="N", type=cli.whole, default=0, help="of --shuffle and --hold-out (default: 0)"
-    )
+    p.add_argument("--seed", metavar="N", type=cli.whole, default=0,
+                   help="of --shuffle, --hold-out and --mix (default: 0)")  # fmt: skip
     p.add_argument("--limit", metavar="N", type=cli.positive, help="only the first N images, after shuffling")
+    p.add_argument("--mix", metavar="N", type=cli.positive,
+                   help="N images without labels made of these: turned, scaled, two blended into one; for "
+                   "retrain.py --distil images where there are only some hundred or thousand")  # fmt: skip
     p.add_argument("--hold-out", metavar=("FRACTION", "OUT2.lmdb"), nargs=2,
                    help="write this part of each class into OUT2 instead, for validation")  # fmt: skip
     p.add_argument("--strict", action="store_true", help="fail where an image cannot be read")
@@ -63,6 +65,10 @@ def _fraction(text: str) -> float:
 def main() -> None:
     args = parse_args()
     fraction = _fraction(args.hold_out[0]) if args.hold_out else 0.0
+    if args.mix and args.hold_out:
+        cli.fail("--mix: makes one database, of all images; hold out some of them first, then mix the rest")
+
+    import numpy as np
 
     from rebirth_caffe.data import Recipe, by_class, choose, find_images, show_progress, write_lmdbs
 
@@ -70,8 +76,14 @@ def main() -> None:
     order, held = choose(
         images.labels, shuffle=args.shuffle, seed=args.seed, limit=args.limit, hold_out=fraction
     )
+    recipe = Recipe(args.resize, args.pad, args.gray, args.encoded)
     for note in images.notes:
         print(f"note: {note}", file=sys.stderr)
+    if args.mix:
+        from rebirth_caffe.mix import mixed
+
+        images = mixed(images, order, recipe, args.mix, args.seed)
+        order = np.arange(args.mix)
     classes = [len(set(labels.tolist())) for labels in (images.labels[order], images.labels)]
     if classes[0] < classes[1]:
         print(f"note: only {classes[0]} of {classes[1]} classes are among these images", file=sys.stderr)
@@ -85,13 +97,13 @@ def main() -> None:
         parts[Path(args.hold_out[1])] = held
         if len({out.resolve() for out in parts}) < 2:
             cli.fail(f"{args.out}: given for both parts; --hold-out wants a second name")
-    recipe = Recipe(args.resize, args.pad, args.gray, args.encoded)
     made = {
         "source": args.src,
         "shuffle": args.shuffle,
         "seed": args.seed,
         "limit": args.limit,
         "hold_out": fraction,
+        "mix": args.mix,
     }
     with show_progress() as progress:
         written = write_lmdbs(
