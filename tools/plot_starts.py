@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rebirth_caffe import cli
 from rebirth_caffe.errors import RebirthError
+
+Run = dict[str, Any]  # a line of compare_starts.py
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,10 +35,7 @@ def main() -> None:
     lines = args.runs.read_text("utf-8").splitlines()
     runs = [run for run in map(json.loads, lines) if not run["job"]["held_out"]]
     length = args.iterations or max((run["job"]["iterations"] for run in runs), default=0)
-    starts: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in runs:
-        if run["job"]["iterations"] == length:
-            starts[f"{run['job']['start']} at {run['job']['rate']:g}"].append(run)
+    starts = by_start(run for run in runs if run["job"]["iterations"] == length)
     if not starts:
         raise RebirthError(f"{args.runs}: no run of {length:,} iterations to draw")
     draw(starts, args.picture)
@@ -43,22 +43,31 @@ def main() -> None:
     print(f"wrote {args.picture}")
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Top-1 at the end of every run, in %, a row (of Markdown) a start and rate: its seeds side by side."""
-    found: dict[tuple[str, float], dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+def by_start(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
+    """The runs of each start and rate, by their seeds."""
+    found: dict[tuple[str, float], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run["job"]["seed"]):
-        job = run["job"]
-        found[job["start"], job["rate"]][job["iterations"]].append(f"{run['final']['top1']:.2%}"[:-1])
+        found[run["job"]["start"], run["job"]["rate"]].append(run)
+    return found
+
+
+def table(runs: list[Run]) -> str:
+    """Top-1 at the end of every run, in %, a row (of Markdown) a start and rate: its seeds side by side."""
     lengths = sorted({run["job"]["iterations"] for run in runs})
-    head = ["start", "base_lr", *(f"{length:,}" for length in lengths)]
-    rows = [
-        [start, f"{rate:g}", *(", ".join(ends[length]) for length in lengths)]
-        for (start, rate), ends in found.items()
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    rows = [["start", "base_lr", *(f"{length:,}" for length in lengths)]]
+    rows.append(["---"] * len(rows[0]))
+    for (start, rate), some in by_start(runs).items():
+        ends = [
+            ", ".join(
+                f"{100 * run['final']['top1']:.2f}" for run in some if run["job"]["iterations"] == length
+            )
+            for length in lengths
+        ]
+        rows.append([start, f"{rate:g}", *ends])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:
+def draw(starts: dict[tuple[str, float], list[Run]], picture: Path) -> None:
     """A line for each start and rate: the mean over its seeds, in a band from the lowest to the highest."""
     import matplotlib
 
@@ -69,7 +78,7 @@ def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
     with pyplot.rc_context(style):
         figure, panes = pyplot.subplots(1, 2, figsize=(12, 5.5), sharey=True, layout="constrained")
-        for start, runs in sorted(
+        for (start, rate), runs in sorted(
             starts.items(), key=lambda item: -mean(r["final"]["top1"] for r in item[1])
         ):
             ends = ", ".join(f"{run['final']['top1']:.2%}" for run in runs)
@@ -79,7 +88,9 @@ def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:
             each = mean(run["seconds"] / run["job"]["iterations"] for run in runs)
             for axes, scale in zip(panes, (1.0, each), strict=True):
                 xs = [scale * x for x in iterations]
-                (line,) = axes.plot(xs, [mean(h) for h in heights], ".-", label=f"{start} ({ends})")
+                (line,) = axes.plot(
+                    xs, [mean(h) for h in heights], ".-", label=f"{start} at {rate:g} ({ends})"
+                )
                 axes.fill_between(
                     xs,
                     [min(h) for h in heights],
@@ -104,7 +115,7 @@ def draw(starts: dict[str, list[dict[str, Any]]], picture: Path) -> None:
         pyplot.close(figure)
 
 
-def curve(run: dict[str, Any]) -> list[tuple[int, float]]:
+def curve(run: Run) -> list[tuple[int, float]]:
     """Iterations and top-1 of the attempt that counts, from the first test to the last."""
     last = run["curve"][-1]
     counts = [e for e in run["curve"] if (e["attempt"], e["rate"]) == (last["attempt"], last["rate"])]
