@@ -2,12 +2,13 @@
 
 Where something was merged, the reborn net shall give what the original gives there, and the same scores:
 
-    L = w * sum over groups b of d_b  +  4 * d_scores  +  L_labels,    d_b = |S_b - T_b|^2 / (n_b * var T_b)
+    L = w * sum over groups b of d_b  +  v * d_scores  +  L_labels,    d_b = |S_b - T_b|^2 / (n_b * var T_b)
 
 b: output blobs of the merged groups; S_b, T_b: what the reborn net (the student) and the original (the
 teacher) give for a batch; n_b: numbers in T_b; var T_b: their variance over many images, so that every d_b is
-1 for a student that always gives the mean. w falls from 1 to 0.05 while it learns: groups only show the way
-to the scores. Without labels L_labels is left out. The teacher has no backward pass: nothing in it learns.
+1 for a student that always gives the mean. w falls from 1 to 0.05 while it learns, v stays: groups only show
+the way to the scores. Without labels L_labels is left out. The teacher has no backward pass: nothing in it
+learns.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .transform import Transform
 LABELS, IMAGES = "labels", "images"  # what there is to learn from, besides the original
 SOURCES = (LABELS, IMAGES)
 GROUPS = (1.0, 0.05)  # weight of the groups' outputs, at the start and at the end
-SCORES = 4.0  # weight of the scores; the labels' losses keep their own (docs/RESULTS.md)
+SCORES = 4.0  # default weight of the scores; the labels' losses keep their own (docs/RESULTS.md)
 TEACHER, LOSS = "teacher/", "distil/"  # in front of the names of what is added
 CALIBRATION = 500  # images over which variances are measured
 SILENT = 1e-12  # a blob whose variance is below this never says anything
@@ -178,12 +179,14 @@ def side_by_side(
     source: str,
     done: float,
     normalised: Iterable[str] = (),
+    scores: float = SCORES,
 ) -> Net:
     """The train net of ``reborn`` (a train_val) beside its original, with the weights of both.
 
     ``source``: LABELS or IMAGES. Layers and blobs of the reborn net keep their names, so that what was
     trained goes back into it; Dropout is left out. Convolutions ``normalised`` are followed by norms, to be
-    folded into them again (see ``normalise``). Raises RebirthError for another source.
+    folded into them again (see ``normalise``). ``scores``: their weight. Raises RebirthError for another
+    source.
     """
     if source not in SOURCES:
         raise RebirthError(f"--distil {source}: give one of {', '.join(SOURCES)}")
@@ -196,7 +199,7 @@ def side_by_side(
         seen = feeding(view, [last[target.blob] for target in targets])
         learning = [_without_labels(layer) for layer in learning if layer in seen]
     compared = [
-        _compared(target, teacher, SCORES if target.blob == teacher.scores else weight(done))
+        _compared(target, teacher, scores if target.blob == teacher.scores else weight(done))
         for target in targets
     ]
     learner = normalise.with_norms(student.edited([f"name: {quote(student.name)}\n", *learning]), normalised)

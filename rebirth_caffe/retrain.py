@@ -37,6 +37,7 @@ from .calibration import Calibration, Start, transform_of
 from .cost import cost
 from .data import UNLABELLED, lmdb_info, open_lmdb
 from .derive import deploy
+from .distil import SCORES
 from .engines import Engine
 from .engines.training import (
     Diverged,
@@ -75,8 +76,9 @@ class Options:
     ``engine``, ``device``, ``amp``: what trains, where, and "bf16" or "" for float32.
     ``distil``: learn from the original, with the labels or from the images alone (one of distil.SOURCES);
     "": from the labels only. ``normalise``: with batch normalisation meanwhile, where ``distil`` is (see the
-    module of that name). ``test_interval``: test on the way, too, before the first segment of a step and
-    at the ends of those that are multiples of so many iterations of it (0: only at its end).
+    module of that name); ``scores``: what they weigh there. ``test_interval``: test on the way, too, before
+    the first segment of a step and at the ends of those that are multiples of so many iterations of it (0:
+    only at its end).
     """
 
     iterations: int = 90_000
@@ -91,6 +93,7 @@ class Options:
     schedule: str = "steps"
     distil: str = ""
     normalise: bool = False
+    scores: float = SCORES
     test_interval: int = 0
 
 
@@ -218,8 +221,9 @@ class _Run:
             self.journal.add("begin", **now)
             return
         again = f"or remove {self.home / 'retrain'} to start again"
+        defaults = dataclasses.asdict(Options())  # an option may be younger than the run
         for name, asked in now["options"].items():
-            value = begun["options"].get(name)  # an option may be younger than the run
+            value = begun["options"].get(name, defaults[name])
             if asked != value and not (_unset(asked) and _unset(value)):
                 flag = FLAGS.get(name, "--" + name.replace("_", "-"))
                 said = ",".join(value) if isinstance(value, list) else "" if value is True else str(value)
@@ -452,7 +456,8 @@ class _Run:
             found = self.journal.add("targets", step=step.folder, targets=targets)
         known = [distil.Target(**target) for target in found["targets"]]
         norms = self._norms(reborn)
-        return distil.side_by_side(reborn, self.teacher, known, self.options.distil, done, norms)
+        source, scores = self.options.distil, self.options.scores
+        return distil.side_by_side(reborn, self.teacher, known, source, done, norms, scores)
 
     def _norms(self, reborn: Net) -> list[str]:
         """The convolutions that are normalised while ``reborn`` learns."""

@@ -46,6 +46,9 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--normalise", action=argparse.BooleanOptionalAction,
                    help="with --distil: BatchNorm behind every convolution while it learns, and folded "
                    "into it in what is tested and written (default: yes)")  # fmt: skip
+    p.add_argument("--scores", metavar="WEIGHT", type=cli.above_zero,
+                   help="with --distil: what the scores count, beside 1 for each group's output at first "
+                   "(default: 4)")  # fmt: skip
     p.add_argument("--stage", metavar="ID", default="", help="stop after this step")
     return p.parse_args()
 
@@ -114,6 +117,7 @@ def main() -> None:
 
 
 def _retrain(args: argparse.Namespace, trainer: Trainer) -> None:
+    from .distil import SCORES
     from .retrain import Options, retrain
     from .stages import Settings, schedule_for
     from .training_report import Screen, draw
@@ -125,6 +129,8 @@ def _retrain(args: argparse.Namespace, trainer: Trainer) -> None:
         schedule = schedule_for(args.schedule, distil)
     if args.normalise and not distil:
         raise RebirthError("--normalise is for learning from the original; give --distil, too")
+    if args.scores is not None and not distil:
+        raise RebirthError("--scores is for learning from the original; give --distil, too")
     options = Options(
         iterations=args.iterations or made_for.iterations,
         final_iterations=args.final_iterations,
@@ -139,6 +145,7 @@ def _retrain(args: argparse.Namespace, trainer: Trainer) -> None:
         test_interval=args.test_interval,
         distil=distil,
         normalise=bool(distil) if args.normalise is None else args.normalise,
+        scores=args.scores or SCORES,
     )
 
     def tell(what: str, details: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ def plot(*arguments):
 
 
 def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
-    options = ("--starts", "inherit,lsq-distil-images", "--rates", "0.001,0.01")
+    options = ("--starts", "inherit,lsq-distil-images", "--rates", "0.001,0.01", "--scores", "2")
     lines, said = compare(tiny_net, tmp_path, *options)
     assert len(lines) == 6
     for start in ("inherit", "lsq-distil-images"):
@@ -58,6 +58,8 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
         assert f"{start}: base_lr {tested['job']['rate']:g}\n" in said
         assert [point["iteration"] for point in tested["curve"]] == [0]
         assert tested["final"]["macs"] < tested["original"]["macs"]
+        (home,) = (tmp_path / "work").glob(f"{start}-3-*-test")
+        assert tiny.journal(home)[0]["options"]["scores"] == 2
     again, _ = compare(tiny_net, tmp_path, *options)
     assert again == lines  # nothing is done twice
     picture = tmp_path / "starts.png"

@@ -95,15 +95,17 @@ result = {name: float(np.concatenate(v).var()) for name, v in values.items()}
         assert target.variance == pytest.approx(found[target.blob], rel=1e-4)
 
 
-def test_the_loss_is_the_formula(reborn, teacher, targets, in_caffe, tmp_path):
+@pytest.mark.parametrize("scores", [4.0, 16.0])
+def test_the_loss_is_the_formula(reborn, teacher, targets, in_caffe, tmp_path, scores):
     """Every term from the two blobs themselves, in float64; and the labels' losses keep their weights."""
-    net = side_by_side(reborn, teacher, targets, "labels", 0.5)
+    given = {} if scores == distil.SCORES else {"scores": scores}
+    net = side_by_side(reborn, teacher, targets, "labels", 0.5, **given)
     computed = Computed(in_caffe, tmp_path, net, [target.blob for target in targets])
     assert distil.weight(0.5) == pytest.approx(0.525)
     weights = {layer.name: list(layer.param.loss_weight) for layer in net.layers}
     for target in targets:
         student, original = computed[target.blob], computed[f"teacher/{target.blob}"]
-        w = 4 if target.blob == "fc" else 0.525
+        w = scores if target.blob == "fc" else 0.525
         wanted = w * np.square(student - original).mean() / target.variance
         assert wanted > 1e-3
         assert computed[f"distil/{target.blob}"] * weights[f"distil/{target.blob}"][0] == pytest.approx(

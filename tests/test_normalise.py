@@ -187,14 +187,16 @@ def test_the_command_normalises_what_learns_from_its_original_alone(trained, caf
     learning = {"distil": "labels", "engine": CaffeEngine(caffe)}
     home = tiny.reborn(trained, tmp_path / "home", solver=None, iterations=4, learning=learning)
     command = [sys.executable, str(tiny.ROOT / "tools/retrain.py"), str(home), "--segment", "4"]
-    done = subprocess.run(
-        [*command, "--distil", "no", "--normalise"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert done.stderr == "error: --normalise is for learning from the original; give --distil, too\n"
-    for more, there in (([], True), (["--no-normalise"], False)):
+    for option in (["--normalise"], ["--scores", "16"]):
+        done = subprocess.run(
+            [*command, "--distil", "no", *option], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 2
+        assert done.stderr == f"error: {option[0]} is for learning from the original; give --distil, too\n"
+    for more, there in (([], True), (["--no-normalise", "--scores", "16"], False)):
         done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         learned_with = (home / "retrain/01-joint/train_val.prototxt").read_text()
         assert ("BatchNorm" in learned_with) is there
+        assert tiny.journal(home)[0]["options"]["scores"] == (4 if there else 16)
         shutil.rmtree(home / "retrain")

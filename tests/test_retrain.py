@@ -791,6 +791,7 @@ class TestSameAsBefore:
             ({"final_iterations": 0}, "with --final-iterations 4; "),
             ({"threads": 2}, "with --threads 1; "),
             ({"gpus": ("0", "1")}, "without --gpu; "),
+            ({"scores": 16.0}, "with --scores 4.0; "),
         ],
     )
     def test_other_options_are_refused(self, finished, caffe, change, said):
@@ -798,6 +799,15 @@ class TestSameAsBefore:
             RebirthError, match=f"this run began {said}go on like that, or remove .*retrain to"
         ):
             retrain(finished, dataclasses.replace(OPTIONS, **change), CaffeTrainer(caffe))
+
+    def test_an_option_that_a_run_did_not_know_yet_is_as_if_not_given(self, finished, caffe):
+        journal = finished / "retrain/journal.jsonl"
+        text = journal.read_text()
+        assert '"scores": 4.0' in text
+        journal.write_text(text.replace('"scores": 4.0', '"older": 0'))
+        assert retrain(finished, OPTIONS, CaffeTrainer(caffe)) is not None
+        with pytest.raises(RebirthError, match=r"this run began with --scores 4\.0; go on like that"):
+            retrain(finished, dataclasses.replace(OPTIONS, scores=2.0), CaffeTrainer(caffe))
 
     @pytest.mark.parametrize(
         "name",

@@ -96,6 +96,8 @@ def parse_args() -> argparse.Namespace:
     )
     p.add_argument("--normalise", action=argparse.BooleanOptionalAction, default=True,
                    help="of retrain.py, where the original is learned from (default: yes)")  # fmt: skip
+    p.add_argument("--scores", metavar="WEIGHT", type=cli.above_zero, default=4.0,
+                   help="of retrain.py, where the original is learned from (default: 4)")  # fmt: skip
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
     engine_options(p)
     p.add_argument("--work", metavar="DIR", type=Path, default=Path("starts"), help="default: starts/")
@@ -111,13 +113,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _rates(text: str) -> tuple[float, ...]:
-    try:
-        rates = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        rates = ()
-    if not rates or not all(0 < rate < float("inf") for rate in rates):
-        raise argparse.ArgumentTypeError(f"'{text}' is not rates above 0, like 0.001,0.002")
-    return rates
+    return tuple(cli.above_zero(word) for word in text.split(","))
 
 
 def _wholes(text: str) -> tuple[int, ...]:
@@ -214,6 +210,7 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
         schedule="joint",
         distil=begin.distil,
         normalise=bool(begin.distil) and args.normalise,
+        scores=args.scores,
         test_interval=2 * segment,
         engine=args.engine,
         device=args.device,
