@@ -37,6 +37,7 @@ class Beginning:
 # Learning from labels alone is by SGD, in which reborn layers learn calibration.Start.rate times as fast as
 # the others; learning from the original is by Adam.
 RATES = (0.0005, 0.001, 0.002, 0.004)
+SCORES = 4.0
 STARTS = {
     "xavier": Beginning("xavier", ""),
     "inherit": Beginning("inherit", ""),
@@ -58,13 +59,15 @@ ENDS = 'lr_policy: "poly"\npower: 1\nsolver_mode: CPU\n'
 
 @dataclass(frozen=True)
 class Job:
-    """One run. ``held_out``: trained and tested on the two parts of the training images."""
+    """One run. ``held_out``: trained and tested on the two parts of the training images. ``scores``: what
+    they weigh in learning from the original."""
 
     start: str
     iterations: int
     seed: int
     rate: float
     held_out: bool
+    scores: float = SCORES
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,8 +99,8 @@ def parse_args() -> argparse.Namespace:
     )
     p.add_argument("--normalise", action=argparse.BooleanOptionalAction, default=True,
                    help="of retrain.py, where the original is learned from (default: yes)")  # fmt: skip
-    p.add_argument("--scores", metavar="WEIGHT", type=cli.above_zero, default=4.0,
-                   help="of retrain.py, where the original is learned from (default: 4)")  # fmt: skip
+    p.add_argument("--scores", metavar="WEIGHT", type=cli.above_zero, default=SCORES,
+                   help=f"of retrain.py, where the original teaches (default: {SCORES:g})")  # fmt: skip
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
     engine_options(p)
     p.add_argument("--work", metavar="DIR", type=Path, default=Path("starts"), help="default: starts/")
@@ -123,8 +126,9 @@ def _wholes(text: str) -> tuple[int, ...]:
 def main() -> None:
     args = parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
+    scores = {start: args.scores if STARTS[start].distil else SCORES for start in args.starts}
     choosing = {
-        start: [Job(start, args.choose_at, args.seeds[0], rate, True) for rate in args.rates]
+        start: [Job(start, args.choose_at, args.seeds[0], rate, True, scores[start]) for rate in args.rates]
         for start in args.starts
         if len(args.rates) > 1
     }
@@ -135,7 +139,7 @@ def main() -> None:
         print(f"{start}: base_lr {rates[start]:g}", flush=True)
     run(
         [
-            Job(s, n, seed, rates[s], False)
+            Job(s, n, seed, rates[s], False, scores[s])
             for seed in args.seeds
             for n in args.iterations
             for s in args.starts
@@ -183,7 +187,7 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
 
     begin = STARTS[job.start]
     part = "val" if job.held_out else "test"
-    home = args.work / f"{job.start}-{job.iterations}-{job.seed}-{job.rate:g}-{part}"
+    home = args.work / f"{job.start}-{job.iterations}-{job.seed}-{job.rate:g}-{job.scores:g}-{part}"
     if not home.exists():
         solver = Path(f"{home}.solver")
         solver.write_text(f"base_lr: {job.rate:g}\n{ENDS}{SOLVERS[bool(begin.distil)]}", "utf-8")
@@ -210,7 +214,7 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
         schedule="joint",
         distil=begin.distil,
         normalise=bool(begin.distil) and args.normalise,
-        scores=args.scores,
+        scores=job.scores,
         test_interval=2 * segment,
         engine=args.engine,
         device=args.device,

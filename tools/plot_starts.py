@@ -44,10 +44,12 @@ def main() -> None:
 
 
 def by_start(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
-    """The runs of each start and rate, by their seeds."""
+    """The runs of each start (and of what the scores weighed, unless 4) and rate, by their seeds."""
     found: dict[tuple[str, float], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run["job"]["seed"]):
-        found[run["job"]["start"], run["job"]["rate"]].append(run)
+        job = run["job"]
+        scores = job.get("scores", 4)  # as all had it once
+        found[job["start"] + (f", scores {scores:g}" if scores != 4 else ""), job["rate"]].append(run)
     return found
 
 
