@@ -7,7 +7,7 @@ import pytest
 
 from rebirth_caffe.data import UNLABELLED, Images, Pixels, Recipe, open_lmdb, write_lmdb
 from rebirth_caffe.errors import RebirthError
-from rebirth_caffe.mix import LIGHT, mixed, warp
+from rebirth_caffe.mix import CONTRAST, LIGHT, TINT, blend, mixed, patch, warp
 
 
 def flat(*values: int, shape: tuple[int, ...] = (9, 7, 3)) -> Images:
@@ -43,7 +43,7 @@ def test_every_image_is_warped_in_its_own_way():
     assert len({one.tobytes() for one in found}) == 20
 
 
-def test_images_are_drawn_from_the_chosen_and_two_of_three_are_blends():
+def test_images_are_drawn_from_the_chosen_and_two_of_three_are_of_two():
     sources = flat(0, 60, 120, 250)
     made = mixed(sources, np.array([1, 2]), Recipe(), 3000)
     assert len(made.names) == 3000
@@ -52,14 +52,40 @@ def test_images_are_drawn_from_the_chosen_and_two_of_three_are_blends():
     assert made.classes == ()
     blends = [i for i, name in enumerate(made.names) if "+" in name]
     assert len(blends) == pytest.approx(2000, abs=100)
+    most = LIGHT * TINT * CONTRAST
     for i in range(50):
         image = np.asarray(made.load(i))
-        assert image.min() >= 60 / LIGHT - 1
-        assert image.max() <= 120 * LIGHT + 1
+        assert image.min() >= 60 / most - 1
+        assert image.max() <= 120 * most + 1
         named = [int(value) for value in made.names[i].split(" + ")]
-        assert min(named) / LIGHT - 1 <= image.mean() <= max(named) * LIGHT + 1
-    between = [made.load(i) for i in blends[:100] if made.names[i] == "60 + 120"]
-    assert np.ptp([np.asarray(one).mean() for one in between]) > 30
+        assert min(named) / most - 1 <= image.mean() <= max(named) * most + 1
+
+
+def test_a_blend_has_some_of_both_everywhere():
+    random = np.random.default_rng(0)
+    black, white = np.zeros((9, 7, 3), np.uint8), np.full((9, 7, 3), 200, np.uint8)
+    found = [blend(black, white, random) for _ in range(50)]
+    assert {one.shape for one in found} == {black.shape}
+    assert all(np.ptp(one) == 0 for one in found)
+    assert np.ptp([one[0, 0, 0] for one in found]) > 150
+
+
+@pytest.mark.parametrize("shape", [(9, 7, 3), (9, 7)])
+def test_a_patch_is_a_rectangle_of_the_other(shape):
+    random = np.random.default_rng(0)
+    image, other = (random.integers(low, low + 128, shape, np.uint8) for low in (0, 128))
+    parts = []
+    for _ in range(200):
+        made = patch(image, other, random)
+        taken = made == other
+        assert np.array_equal(made, np.where(taken, other, image))
+        rows, columns = (np.flatnonzero(taken.reshape(9, 7, -1).any(axis=axes)) for axes in ((1, 2), (0, 2)))
+        if len(rows):
+            assert taken[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+        parts.append(taken.mean())
+    assert np.mean(parts) == pytest.approx(0.5, abs=0.1)
+    assert np.ptp(parts) > 0.8
+    assert image.max() < 128  # as it was
 
 
 def test_the_same_seed_makes_the_same_images(tmp_path):

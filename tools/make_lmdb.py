@@ -36,7 +36,7 @@ def parse_args() -> argparse.Namespace:
                    help="of --shuffle, --hold-out and --mix (default: 0)")  # fmt: skip
     p.add_argument("--limit", metavar="N", type=cli.positive, help="only the first N images, after shuffling")
     p.add_argument("--mix", metavar="N", type=cli.positive,
-                   help="N images without labels made of these: turned, scaled, two blended into one; for "
+                   help="N images without labels made of these: turned, scaled, lit, mixed of two; for "
                    "retrain.py --distil images where there are only some hundred or thousand")  # fmt: skip
     p.add_argument("--hold-out", metavar=("FRACTION", "OUT2.lmdb"), nargs=2,
                    help="write this part of each class into OUT2 instead, for validation")  # fmt: skip
