@@ -18,7 +18,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from .errors import WeightsError
+from .errors import WeightsError, by_x
 from .schema import caffe_pb2
 
 Array = NDArray[np.float32]
@@ -311,7 +311,7 @@ def _read_blob(message: memoryview, where: str) -> tuple[Shape, list[tuple[memor
     elif shape is None:  # neither: Caffe writes no shape for a scalar
         shape = () if count else (0,)
     if any(d < 0 for d in shape) or math.prod(shape) != count:
-        raise WeightsError(f"{where}: shape {'x'.join(map(str, shape))} but {count} values; {_AGAIN}")
+        raise WeightsError(f"{where}: shape {by_x(shape)} but {count} values; {_AGAIN}")
     return shape, data
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import RebirthError
+from .errors import RebirthError, by_x
 from .net import Net
 from .solver import REBORN_LR, data_layer
 from .transform import Transform
@@ -38,15 +38,15 @@ class Calibration:
         Raises RebirthError where they do not fit the net or cannot be read.
         """
         count, load = self._open(shape)
-        chosen = np.unique(np.linspace(0, count - 1, min(count, self.images)).astype(int))
+        chosen = spread(count, self.images)
         if len(chosen) < LEAST:
             raise RebirthError(f"{self.source}: {len(chosen)} images; to calibrate takes {LEAST} or more")
         for at in range(0, len(chosen), size):
-            batch = np.stack([load(int(i)) for i in chosen[at : at + size]])
+            batch = np.stack([load(i) for i in chosen[at : at + size]])
             if batch.shape[1:] != shape:
                 raise RebirthError(
-                    f"{self.source}: its images are {_x(batch.shape[1:])} after the transformation, "
-                    f"the net takes {_x(shape)}; give the --crop it was trained with, or other images"
+                    f"{self.source}: its images are {by_x(batch.shape[1:])} after the transformation, "
+                    f"the net takes {by_x(shape)}; give the --crop it was trained with, or other images"
                 )
             yield batch, len(chosen)
 
@@ -109,6 +109,11 @@ class Start:
         return REBORN_LR if self.calibration is None else FITTED_LR.get(self.init, REBORN_LR)
 
 
+def spread(count: int, wanted: int) -> list[int]:
+    """Which of ``count`` images to take, ``wanted`` at most, evenly from the first to the last."""
+    return sorted(set(np.linspace(0, count - 1, min(count, wanted)).astype(int).tolist()))
+
+
 def transform_of(net: Net) -> Transform:
     """What the Data layer of a train_val does to an image; nothing in a net without one."""
     layer = data_layer(net)
@@ -129,7 +134,3 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise RebirthError(f"{path}: holds no images; give an LMDB, a folder or a list of images")
     return files
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

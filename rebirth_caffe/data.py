@@ -36,7 +36,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from .errors import RebirthError
+from .errors import RebirthError, by_x
 from .schema.caffe_pb2 import BlobProto, Datum
 
 Pixels = NDArray[np.uint8]
@@ -199,7 +199,7 @@ def _read_idx(path: Path, magic: int, what: str) -> Pixels:
     shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
     if len(data) != start + np.prod(shape, dtype=object):
         raise RebirthError(
-            f"{path}: {max(0, len(data) - start)} bytes of {what} cannot be {_size(shape)}; fetch it again"
+            f"{path}: {max(0, len(data) - start)} bytes of {what} cannot be {by_x(shape)}; fetch it again"
         )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
@@ -333,7 +333,7 @@ class Written:
     def summary(self) -> str:
         """A line or two for a person."""
         known = f"{len(self.classes)} class{'es' * (len(self.classes) != 1)}" if self.classes else "no labels"
-        lines = [f"{self.path}: {self.count:,} images of {_size(self.shape)}, {known}"]
+        lines = [f"{self.path}: {self.count:,} images of {by_x(self.shape)}, {known}"]
         if self.skipped:
             first = ", ".join(f"{name} ({why})" for name, why in self.skipped[:3])
             more = f", ...; all in {self.path / 'skipped.txt'}" if len(self.skipped) > 3 else ""
@@ -421,7 +421,7 @@ def _write(
                     first = name
                     mean = np.zeros(ready.pixels.shape)
                 elif ready.pixels.shape != mean.shape:
-                    here, there = (_size(shape) for shape in (mean.shape, ready.pixels.shape))
+                    here, there = (by_x(shape) for shape in (mean.shape, ready.pixels.shape))
                     raise RebirthError(
                         f"{first} is {here} and {name} is {there}; Caffe needs one size, give --resize HxW"
                     )
@@ -626,10 +626,6 @@ def _why(error: OSError | lmdb.Error) -> str:
     return f"{text}, is the disk full?" if text in full else text  # LMDB calls a cut write an EIO
 
 
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
 # ------------------------------------------------------------------------------------------- reading back
 
 
@@ -715,7 +711,7 @@ class Lmdb(Sequence[tuple[Pixels, int]]):
         if datum.float_data:
             raise RebirthError(f"{where}: holds numbers (float_data), not an image of bytes")
         if not datum.data or len(datum.data) != np.prod(shape, dtype=object):
-            raise RebirthError(f"{where}: {len(datum.data)} bytes are not an image of {_size(shape)}")
+            raise RebirthError(f"{where}: {len(datum.data)} bytes are not an image of {by_x(shape)}")
         return np.frombuffer(datum.data, np.uint8).reshape(shape), datum.label
 
     def __enter__(self) -> Lmdb:

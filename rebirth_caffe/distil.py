@@ -129,7 +129,7 @@ class Teacher:
         images: int = CALIBRATION,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[Target]:
-        """Size and variance of its blobs over the first images of the database.
+        """Size and variance of its blobs over some images of the database, spread evenly over it.
 
         A blob that is the same for all of them teaches nothing and is left out.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 MAX_LENGTH = 1000  # of a message: names in files may be megabytes long
 
@@ -36,3 +37,8 @@ class PlanError(RebirthError):
 
 class EngineError(RebirthError):
     """A runtime that is missing or refused a net; the message ends with what the runtime said."""
+
+
+def by_x(shape: Iterable[int]) -> str:
+    """A shape as messages have it: ``3x32x32``."""
+    return "x".join(map(str, shape)) or "scalar"

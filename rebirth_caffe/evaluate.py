@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .calibration import spread
 from .cost import cost
 from .data import UNLABELLED, Lmdb, open_lmdb
 from .derive import deploy
 from .engines import Engine, Session, running
-from .errors import RebirthError
+from .errors import RebirthError, by_x
 from .net import TEST, Net
 from .transform import Transform
 
@@ -57,6 +58,12 @@ def evaluate_net(
     """
     with _files(net, scratch) as files:
         return evaluate(*files, database, engine, transform, threads, progress, net.path, labels)
+
+
+def is_labelled(database: Path | str) -> bool:
+    """Whether its images have labels."""
+    with open_lmdb(database) as images:
+        return bool(images[0][1] != UNLABELLED)
 
 
 def guesses(
@@ -144,14 +151,14 @@ def _scores(
             wanted = session.blobs()[blob]
             if wanted[1:] != shape:
                 raise RebirthError(
-                    f"{name}: takes {_x(wanted[1:])}, the images of {database} are {_x(shape)} after the "
+                    f"{name}: takes {by_x(wanted[1:])}, the images of {database} are {by_x(shape)} after the "
                     "transformation; give the --crop it was trained with, or other images"
                 )
             for found, labels in _forwards(session, blob, images, transform, [output]):
                 out = found[output]
                 if math.prod(out.shape[2:]) != 1:
                     raise RebirthError(
-                        f"{name}: gives {_x(out.shape[1:])} for an image, not a score for each class"
+                        f"{name}: gives {by_x(out.shape[1:])} for an image, not a score for each class"
                     )
                 scores = out.reshape(len(out), -1)
                 if not np.isfinite(scores).all():
@@ -207,27 +214,30 @@ def observe(
     images: int = 500,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Mapping[str, Floats]]:
-    """What a deploy net with its weights gives in ``blobs`` for the first ``images`` of a database, batch by
-    batch: images x the shape of the blob."""
+    """What a deploy net with its weights gives in ``blobs`` for ``images`` of a database, spread evenly over
+    it, batch by batch: images x the shape of the blob."""
     image = next(top for layer in net.layers if layer.type == "Input" for top in layer.top)
     with open_lmdb(database) as lmdb:
-        total, seen = min(images, len(lmdb)), 0
-        with running(engine, net, threads=threads, batch=min(50, total)) as session:
-            for found, labels in _forwards(session, image, lmdb, transform, blobs):
-                used = min(len(labels), total - seen)
-                yield {blob: value[:used] for blob, value in found.items()}
-                seen += used
-                progress(seen, total)
-                if seen == total:
-                    break
+        chosen, seen = spread(len(lmdb), images), 0
+        with running(engine, net, threads=threads, batch=min(50, len(chosen))) as session:
+            for found, labels in _forwards(session, image, lmdb, transform, blobs, chosen):
+                yield found
+                seen += len(labels)
+                progress(seen, len(chosen))
 
 
 def _forwards(
-    session: Session, image: str, images: Lmdb, transform: Transform, blobs: Sequence[str]
+    session: Session,
+    image: str,
+    images: Lmdb,
+    transform: Transform,
+    blobs: Sequence[str],
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[tuple[dict[str, Floats], Labels]]:
-    """What a net gives in ``blobs`` for each batch of ``images`` put into ``image``; and their labels."""
+    """What a net gives in ``blobs`` for each batch of ``images`` (or of the ``chosen``) put into ``image``;
+    and their labels."""
     shape = session.blobs()[image]
-    for pixels, labels in batches(images, shape[0]):
+    for pixels, labels in batches(images, shape[0], chosen):
         values = np.zeros(shape, np.float32)
         values[: len(labels)] = transform(pixels)
         found = session.forward({image: values}, blobs)
@@ -243,25 +253,24 @@ def batch_size(net: Net) -> int:
     return max(1, min(BATCH, BATCH_BYTES // max(1, each)))
 
 
-def batches(images: Lmdb, size: int) -> Iterator[tuple[NDArray[np.uint8], Labels]]:
-    """Images and labels, ``size`` at a time."""
+def batches(
+    images: Lmdb, size: int, chosen: Sequence[int] | None = None
+) -> Iterator[tuple[NDArray[np.uint8], Labels]]:
+    """Images (all, or the ``chosen``) and labels, ``size`` at a time."""
     pixels: list[NDArray[np.uint8]] = []
     labels: list[int] = []
-    for i, (image, label) in enumerate(images, 1):
+    total = len(images if chosen is None else chosen)
+    for i, (image, label) in enumerate(images if chosen is None else (images[j] for j in chosen), 1):
         if pixels and image.shape != pixels[0].shape:
             raise RebirthError(
-                f"{images.path}: images of {_x(pixels[0].shape)} and of {_x(image.shape)}; "
+                f"{images.path}: images of {by_x(pixels[0].shape)} and of {by_x(image.shape)}; "
                 "make it again with --resize"
             )
         pixels.append(image)
         labels.append(label)
-        if len(pixels) == size or i == len(images):
+        if len(pixels) == size or i == total:
             yield np.stack(pixels), np.array(labels, np.int64)
             pixels, labels = pixels[:0], labels[:0]
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 @contextmanager

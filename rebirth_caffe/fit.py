@@ -3,7 +3,8 @@
 The original and the reborn net see the same calibration images. For every reborn layer, rows of what it reads
 in the reborn net, as fitted so far, stand against what the original gave in its place;
 ``init.least_squares`` does the arithmetic of ``lsq``, ``init.rescale`` that of ``inherit``, which only scales
-what was copied. Memory is bounded: rows are drawn evenly from all images.
+what was copied. Memory is bounded, whatever the number of images: rows are drawn evenly from all of them, or
+from as many images, evenly spread, as there are rows.
 
 A layer's place in the original is the blob its merge gives (the channels a Concat leaves to it) or, inside a
 merge, the blob of the layer it is made after. A reducer that lost channels takes those, of the original's
@@ -12,6 +13,7 @@ reducer and of the absorbed branches, that tell best what the layer above needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -167,17 +169,22 @@ class _Fit:
             )
             shape = level.old.shapes[level.old.input][1:]
             batches = self.calibration.batches((shape[0], shape[1], shape[2]), size)
-            seen = 0
+            seen, first, alike = 0, None, True
             for (images, total), (given, wanted) in stack.enter_context(_computing((new, old), batches)):
-                held = np.arange(seen, seen + len(images)) % HELD == HELD - 1
+                first = images[0].copy() if first is None else first
+                alike = alike and bool((images == first).all())
                 for name, target in targets.items():
                     y = np.concatenate(
                         [wanted[blob][:, channels] for blob, channels in target.channels], axis=1
                     )
                     x = given[layers[name].bottom[0]]
-                    rows[name].append(_some(layers[name], x, y, held, total, randoms[name]))
+                    rows[name].append(_some(layers[name], x, y, seen, total, randoms[name]))
                 seen += len(images)
                 self.tell(number * total + seen, of * total)
+            if alike:
+                raise RebirthError(
+                    f"{self.calibration.source}: its {seen} images are one and the same; give others"
+                )
         return {name: tuple(map(np.concatenate, zip(*some, strict=True))) for name, some in rows.items()}  # type: ignore[misc]
 
     @contextmanager
@@ -335,6 +342,9 @@ def _fitted(
     dead = int((y.max(axis=0) <= 0).sum()) if target.relu else 0
     if dead:
         notes.append(f"{dead} of {len(made)} channels never active in the original")
+    still = int((x.max(axis=0) == x.min(axis=0)).sum())
+    if still:
+        notes.append(f"{still} of {x.shape[1]} inputs never change")
     if len(x) < 2 * start.shape[1]:
         notes.append(f"{len(x):,} rows for {start.shape[1]:,} inputs: more images would do it good")
     fitted = Fitted(
@@ -378,19 +388,25 @@ def _groups(
 
 
 def _some(
-    layer: Layer, x: Floats, y: Floats, held: Flags, images: int, random: np.random.Generator
+    layer: Layer, x: Floats, y: Floats, seen: int, images: int, random: np.random.Generator
 ) -> tuple[Floats, Floats, Flags]:
-    """Rows of one batch: what the layer reads, what it should give, which are held out."""
-    if layer.type == "InnerProduct":
-        return x.reshape(len(x), -1), y.reshape(len(y), -1), held
-    conv = params.conv(layer.param)
-    inputs = x.shape[1] * int(np.prod(conv.kernel))
-    (n, outputs), pixels = y.shape[:2], int(np.prod(y.shape[2:]))
-    each = min(ROWS, BYTES // (4 * (inputs + outputs))) // images
-    each = min(max(each, 1), pixels)
-    drawn = np.concatenate([random.permutation(pixels)[:each] for _ in range(n)])
-    image, (row, column) = np.repeat(np.arange(n), each), np.divmod(drawn, y.shape[3])
-    return patches(x, conv, (image, row, column)), y[image, :, row, column], held[image]
+    """Rows of one batch: what the layer reads, what it should give, which are held out.
+
+    ``seen``: how many of all the ``images`` came before.
+    """
+    conv = None if layer.type == "InnerProduct" else params.conv(layer.param)
+    inputs = x[0].size if conv is None else x.shape[1] * math.prod(conv.kernel)
+    rows = min(ROWS, BYTES // (4 * (inputs + y.shape[1])))
+    order = np.arange(seen, seen + len(x) + 1) * min(rows, images) // images
+    taken = np.flatnonzero(np.diff(order))
+    held = order[taken] % HELD == HELD - 1
+    if conv is None:
+        return x[taken].reshape(len(taken), -1), y[taken].reshape(len(taken), -1), held
+    pixels = math.prod(y.shape[2:])
+    each = min(max(rows // images, 1), pixels)
+    drawn = [random.permutation(pixels)[:each] for _ in taken]
+    image, (row, column) = np.repeat(taken, each), np.divmod(np.array(drawn, np.int64).ravel(), y.shape[3])
+    return patches(x, conv, (image, row, column)), y[image, :, row, column], np.repeat(held, each)
 
 
 def patches(x: Floats, conv: params.Conv, places: Places) -> Floats:

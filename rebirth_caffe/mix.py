@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from .data import UNLABELLED, Images, Labels, Pixels, Recipe
-from .errors import RebirthError
+from .errors import RebirthError, by_x
 
 DEGREES = 15.0  # turned by up to so much, either way
 ZOOM = 1.3  # times larger or smaller, at most
@@ -47,7 +47,7 @@ def mixed(images: Images, order: Labels, recipe: Recipe, number: int, seed: int 
             return image
         other = warped(second, random)
         if image.shape != other.shape:
-            here, there = ("x".join(map(str, one.shape[:2])) for one in (image, other))
+            here, there = (by_x(one.shape[:2]) for one in (image, other))
             raise RebirthError(
                 f"{images.names[first]} is {here} and {images.names[second]} is {there}; images are mixed in "
                 "one size, give --resize HxW"

@@ -114,8 +114,8 @@ def measure(
     threads: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Moments]:
-    """Mean and variance of each channel that these convolutions of ``net`` put out, over the first images of
-    a database. Raises RebirthError where these do not fit, EngineError."""
+    """Mean and variance of each channel that these convolutions of ``net`` put out, over some images of a
+    database, spread evenly over it. Raises RebirthError where these do not fit, EngineError."""
     blobs = {_names(name)[0]: name for name in names}
     sums = {name: np.zeros((2, 1)) for name in names}
     counts = dict.fromkeys(names, 0)

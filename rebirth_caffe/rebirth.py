@@ -11,7 +11,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -128,7 +128,8 @@ class Result:
         is not.
         """
         out = Path(out)
-        self._may_write(out, force)
+        may_write(out, force)
+        self._may_replace(out)
         if self.exact:
             from .verify import verify
 
@@ -156,18 +157,11 @@ class Result:
             ) from None
         return [out / name for name in names]
 
-    def _may_write(self, out: Path, force: bool) -> None:
+    def _may_replace(self, out: Path) -> None:
+        """Raise RebirthError where files in ``out`` were read as input, or are not ours."""
         if not os.path.lexists(out):
             return
-        if not out.is_dir():
-            raise RebirthError(f"{out}: exists and is no directory; give another --out")
-        if not force:
-            raise RebirthError(f"{out}: exists already; give another --out, or --force to replace its files")
-        if (out / "retrain").exists():
-            raise RebirthError(f"{out}: holds a training run (retrain/); give another --out, or remove that")
         for path in (out / name for name in FILES):
-            if path.is_dir():
-                raise RebirthError(f"{path}: is a directory; give another --out")
             if path.exists() and any(path.samefile(source) for source in self.sources if source.exists()):
                 raise RebirthError(f"{path}: was read as input and would be replaced; give another --out")
         strange = [name for name in self._files() if (out / name).exists()]
@@ -200,6 +194,21 @@ class Result:
         if self.training is not None:
             write_stages(folder, self.original, self.plan, self.training, self.start)
         return [name for name in (*FILES, SENSITIVITY, *FOLDERS) if (folder / name).exists()]
+
+
+def may_write(out: Path, force: bool = False) -> None:
+    """Raise RebirthError where ``Result.write`` would refuse this directory whatever the result is."""
+    if not os.path.lexists(out):
+        return
+    if not out.is_dir():
+        raise RebirthError(f"{out}: exists and is no directory; give another --out")
+    if not force:
+        raise RebirthError(f"{out}: exists already; give another --out, or --force to replace its files")
+    if (out / "retrain").exists():
+        raise RebirthError(f"{out}: holds a training run (retrain/); give another --out, or remove that")
+    for path in (out / name for name in FILES):
+        if path.is_dir():
+            raise RebirthError(f"{path}: is a directory; give another --out")
 
 
 def _exchange(work: Path, out: Path, names: Sequence[str]) -> None:
@@ -279,6 +288,7 @@ def rebirth(
     calibration: Calibration | None = None,
     sensitivity: bool = False,
     tell: Tell = lambda done, total: None,
+    named: Callable[[str], None] = lambda name: None,
 ) -> Result:
     """Read a net, merge what can be merged, and return the reborn one; nothing is written.
 
@@ -298,11 +308,12 @@ def rebirth(
         training: databases (and a solver template) to write the files of training for.
         caffe: where the Caffe is that verifies ``exact`` and computes ``calibration``, as in
             ``engines.caffe.find_caffe``.
-        calibration: the images of ``lsq``, by default those to train on; where they are given, ``inherit``
-            scales by them what it copies (see ``init.rescale``). What is done to each is as in the
-            net's Data layer, where it has one.
+        calibration: the images of ``lsq`` and of ``sensitivity``, by default those to train on; where they
+            are given and not for ``sensitivity``, ``inherit`` scales by them what it copies (see
+            ``init.rescale``). What is done to each is as in the net's Data layer, where it has one.
         sensitivity: measure every merge alone (see ``sensitivity``), on the test images of ``training``, too.
         tell: hears how many images of how many have been seen.
+        named: hears what the net is called before anything takes long; what it raises ends the work.
 
     Raises RebirthError with the place, what is wrong and what to do.
     """
@@ -326,7 +337,8 @@ def rebirth(
     else:
         given = plan if isinstance(plan, Plan) else plans.load(Path(plan))
         proposal = Proposal(plans.select(net, given, only, skip, exact))
-    fitting = init == "lsq" or (init == "inherit" and calibration is not None)
+    named(net.name)
+    fitting = init == "lsq" or (init == "inherit" and calibration is not None and not sensitivity)
     images = _images(net, training, calibration) if fitting or sensitivity else None
     start = Start(init, seed, images if fitting else None)
     reborn = plans.apply(net, proposal.plan, init, seed)
@@ -341,8 +353,8 @@ def rebirth(
         from . import sensitivity as merges
         from .engines import any_engine
 
-        labelled = None if training is None else training.data.test
-        alone = merges.sensitivity(net, Start("lsq", seed, images), any_engine(caffe), labelled, tell)
+        tested_on = None if training is None else training.data.test
+        alone = merges.sensitivity(net, Start("lsq", seed, images), any_engine(caffe), tested_on, tell)
     shipped, deployed, why = net, None, ""
     try:
         shipped = deploy(net)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import params
 from .cli import printable
-from .errors import NetError
+from .errors import NetError, by_x
 from .merge import Merge, Spec
 from .net import Layer
 from .rules.match import ACTIVATION
@@ -140,7 +140,7 @@ class _Originals:
         if convolution and spec.kernel and spec.stride and spec.pad:
             conv = params.conv(layer.param)
             pairs += [
-                ("", "x".join(map(str, conv.kernel)), "x".join(map(str, spec.kernel))),
+                ("", by_x(conv.kernel), by_x(spec.kernel)),
                 ("stride ", _short(conv.stride), _short(spec.stride)),
                 ("pad ", _short(conv.pad), _short(spec.pad)),
             ]
@@ -148,7 +148,7 @@ class _Originals:
 
 
 def _short(values: tuple[int, ...]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else "x".join(map(str, values))
+    return str(values[0]) if len(set(values)) == 1 else by_x(values)
 
 
 def _exact(merges: list[Merge]) -> list[str]:
@@ -218,7 +218,7 @@ def _alone(result: Result) -> list[Table]:
     rows = []
     for one in result.sensitivity:
         error = "" if one.error is None else f"{one.error:.2f}"
-        top1 = "" if one.top1 is None else f"{one.top1:.2%}"
+        top1 = "" if one.top1 is None else f"{one.top1:.2%} of {one.before_top1:.2%}"
         saved = f"{one.saved_ms:+.2f} of {one.before_ms:.2f} ms"
         rows.append([one.merge, one.kernel, f"{one.reduce:g}", error, saved, top1])
     columns = ["merged alone", "kernel", "reducers", "error", "saves", "top-1"]
@@ -255,7 +255,7 @@ def _notes(result: Result) -> list[str]:
         lines.append(f"weights of layers this net does not have, not written: {names}")
     if result.fork_weights:
         fields = [
-            f"{layer} {field} ({'x'.join(map(str, shape))})"
+            f"{layer} {field} ({by_x(shape)})"
             for layer, blobs in result.fork_weights.items()
             for field, shape in blobs.items()
         ]

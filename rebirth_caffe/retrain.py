@@ -35,7 +35,7 @@ from . import caffemodel, distil, normalise, prototxt, sensitivity
 from . import plan as plans
 from .calibration import Calibration, Start, transform_of
 from .cost import cost
-from .data import UNLABELLED, lmdb_info, open_lmdb
+from .data import lmdb_info
 from .derive import deploy
 from .distil import SCORES
 from .engines import Engine
@@ -50,7 +50,7 @@ from .engines.training import (
     snapshot_files,
 )
 from .errors import PlanError, RebirthError
-from .evaluate import Accuracy, Labels, NotFinite, evaluate_net, guesses
+from .evaluate import Accuracy, Labels, NotFinite, evaluate_net, guesses, is_labelled
 from .fit import fit
 from .journal import Event, Journal, sole_user, sync
 from .merge import Merge
@@ -291,9 +291,8 @@ class _Run:
 
     def _labels(self) -> Labels | None:
         """Labels for test images that have none: what the original takes them for."""
-        with open_lmdb(self._tested_on(self.original).param.data_param.source) as images:
-            if images[0][1] != UNLABELLED:
-                return None
+        if is_labelled(self._tested_on(self.original).param.data_param.source):
+            return None
         if self.guesses is None:
             self.tell("note", {"text": "no labels to test with: right is what the original says"})
             self.guesses = guesses(self.original, *self._test_on(self.original, "the original"))

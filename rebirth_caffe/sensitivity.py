@@ -21,7 +21,7 @@ from .calibration import Start, Tell
 from .derive import deploy
 from .engines import Engine, running
 from .errors import RebirthError
-from .evaluate import evaluate_net
+from .evaluate import evaluate_net, guesses, is_labelled
 from .fit import fit
 from .measure import time_in_turn
 from .merge import Merge
@@ -52,10 +52,12 @@ class Alone:
 
 @dataclass(frozen=True)
 class Sensitivity(Alone):
-    """One merge alone in one geometry: the kernel mode and the share of the reducers that give it."""
+    """One merge alone in one geometry: the kernel mode and the share of the reducers that give it. And the
+    original's top-1, where there is one."""
 
     kernel: str
     reduce: float
+    before_top1: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,32 +98,34 @@ def sensitivity(
     net: Net,
     start: Start,
     engine: Engine,
-    labelled: Path | str | None = None,
+    tested_on: Path | str | None = None,
     tell: Tell = lambda done, total: None,
 ) -> list[Sensitivity]:
     """The merges of ``net``, each alone, those first that lose least for what they save.
 
-    ``start`` has the images to fit to; ``labelled`` is a database to measure accuracy on, its images
-    transformed likewise.
+    ``start`` has the images to fit to; ``tested_on`` is a database to measure accuracy on, its images
+    transformed likewise. Where these have no labels, right is what ``net`` says.
     Raises RebirthError, EngineError.
     """
     assert start.calibration is not None
     transform = start.calibration.transform
+    top1: Callable[[Net], float] | None = None
+    if tested_on is not None:
+        database = tested_on
+        labels = None if is_labelled(database) else guesses(net, database, engine, transform)
+
+        def top1(made: Net) -> float:
+            return evaluate_net(made, database, engine, transform, labels=labels).top1
+
+    whole = None if top1 is None else top1(net)
     every = list(variants(net))
     found = []
     for number, (merge, plan, kernel, reduce) in enumerate(every):
         tell(number, len(every))
-        one = alone(
-            net,
-            merge,
-            plan,
-            start,
-            engine,
-            None if labelled is None else lambda made: evaluate_net(made, labelled, engine, transform).top1,
-        )
-        found.append(Sensitivity(**vars(one), kernel=kernel, reduce=reduce))
+        one = alone(net, merge, plan, start, engine, top1)
+        found.append(Sensitivity(**vars(one), kernel=kernel, reduce=reduce, before_top1=whole))
     tell(len(every), len(every))
-    return sorted(found, key=lambda one: _price(one, None).harm)
+    return sorted(found, key=lambda one: _price(one, whole).harm)
 
 
 def alone(

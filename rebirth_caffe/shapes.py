@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import params
-from .errors import NetError, WeightsError
+from .errors import NetError, WeightsError, by_x
 from .net import Layer, Net, Value, View
 from .schema import caffe_pb2
 
@@ -67,7 +67,7 @@ def layer_shapes(layer: Layer, bottoms: list[MaybeShape]) -> list[MaybeShape]:
         raise NetError(f"{layer.where}: {layer.type} has {len(bottoms)} bottoms, too few; add the missing")
     for bottom in known:
         if len(bottom) < _MIN_AXES.get(layer.type, 0):
-            raise NetError(f"{layer.where}: its bottom has too few axes ({_x(bottom)}) for {layer.type}")
+            raise NetError(f"{layer.where}: its bottom has too few axes ({by_x(bottom)}) for {layer.type}")
     tops = list(rule(layer, known))
     for shape in tops:
         _check_sizes(f"{layer.where}: its output", shape)
@@ -77,7 +77,7 @@ def layer_shapes(layer: Layer, bottoms: list[MaybeShape]) -> list[MaybeShape]:
 def _check_sizes(what: str, shape: MaybeShape) -> None:
     """Raise NetError for a shape no blob of Caffe's can have."""
     if shape is not None and (any(d < 0 for d in shape) or math.prod(shape) >= 2**31):
-        raise NetError(f"{what} would be {_x(shape)}; correct the sizes")
+        raise NetError(f"{what} would be {by_x(shape)}; correct the sizes")
 
 
 def _first_channels(view: View) -> int | None:
@@ -106,14 +106,10 @@ def _fixed(dims: Sequence[int]) -> MaybeShape:
 # ---- helpers ----------------------------------------------------------------------------------------------
 
 
-def _x(shape: Shape) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
 def _axis(layer: Layer, axis: int, shape: Shape) -> int:
     """Caffe's canonical axis: negative counts from the end."""
     if not -len(shape) <= axis < len(shape):
-        raise NetError(f"{layer.where}: axis {axis} of a {len(shape)}-D bottom ({_x(shape)}); correct it")
+        raise NetError(f"{layer.where}: axis {axis} of a {len(shape)}-D bottom ({by_x(shape)}); correct it")
     return axis % len(shape) if shape else 0
 
 
@@ -214,7 +210,7 @@ def _windows(layer: Layer, sizes: Shape, geometry: params.Conv) -> Shape:
         for o, (size, extent, stride, pad) in zip(out, spans, strict=True)
     )
     if any(size < 1 for size in out):
-        raise NetError(f"{layer.where}: its window {_x(geometry.extent)} exceeds its input {_x(sizes)}")
+        raise NetError(f"{layer.where}: its window {by_x(geometry.extent)} exceeds its input {by_x(sizes)}")
     return out
 
 
@@ -249,7 +245,7 @@ def _im2col(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
 def _pooling(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     shape = bottoms[0]
     if len(shape) != 4:
-        raise NetError(f"{layer.where}: Pooling needs a 4-D bottom, not {_x(shape)}")
+        raise NetError(f"{layer.where}: Pooling needs a 4-D bottom, not {by_x(shape)}")
     p = params.pool(layer.param)
     kernel = p.kernel or shape[2:]
     sizes = tuple(
@@ -257,7 +253,7 @@ def _pooling(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
         for size, k, s, pad in zip(shape[2:], kernel, p.stride, p.pad, strict=True)
     )
     if any(size < 1 for size in sizes):
-        raise NetError(f"{layer.where}: its window {_x(kernel)} is larger than its input {_x(shape[2:])}")
+        raise NetError(f"{layer.where}: its window {by_x(kernel)} is larger than its input {by_x(shape[2:])}")
     return [(*shape[:2], *sizes)] * len(layer.top)
 
 
@@ -303,7 +299,7 @@ def _concat(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     axis = _axis(layer, p.concat_dim if p.HasField("concat_dim") else p.axis, bottoms[0])
     rest = [shape[:axis] + shape[axis + 1 :] for shape in bottoms]
     if any(shape != rest[0] for shape in rest):
-        raise NetError(f"{layer.where}: joins {', '.join(map(_x, bottoms))}; only axis {axis} may differ")
+        raise NetError(f"{layer.where}: joins {', '.join(map(by_x, bottoms))}; only axis {axis} may differ")
     total = sum(shape[axis] for shape in bottoms)
     return [(*bottoms[0][:axis], total, *bottoms[0][axis + 1 :])]
 
@@ -324,7 +320,7 @@ def _slice(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
 
 def _eltwise(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     if any(shape != bottoms[0] for shape in bottoms):
-        raise NetError(f"{layer.where}: its bottoms differ: {', '.join(map(_x, bottoms))}")
+        raise NetError(f"{layer.where}: its bottoms differ: {', '.join(map(by_x, bottoms))}")
     return [bottoms[0]]
 
 
@@ -350,10 +346,10 @@ def _reshape(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     if dims.count(-1) == 1:
         known = -math.prod(dims)
         if not known or count % known:
-            raise NetError(f"{layer.where}: {count} values do not divide into {_x(tuple(dims))}")
+            raise NetError(f"{layer.where}: {count} values do not divide into {by_x(tuple(dims))}")
         dims[dims.index(-1)] = count // known
     if math.prod(dims) != count:
-        raise NetError(f"{layer.where}: {count} values do not fit {_x(tuple(dims))}")
+        raise NetError(f"{layer.where}: {count} values do not fit {by_x(tuple(dims))}")
     return [(*shape[:start], *dims, *shape[end:])]
 
 
@@ -361,7 +357,7 @@ def _crop(layer: Layer, bottoms: list[Shape]) -> Sequence[MaybeShape]:
     p, (shape, wanted) = layer.param.crop_param, bottoms[:2]
     axis = _axis(layer, p.axis, shape)
     if len(wanted) < len(shape):
-        raise NetError(f"{layer.where}: its bottoms have different axes: {_x(shape)}, {_x(wanted)}")
+        raise NetError(f"{layer.where}: its bottoms have different axes: {by_x(shape)}, {by_x(wanted)}")
     offsets = list(p.offset) or [0]
     if len(offsets) == 1:
         offsets *= len(shape) - axis
@@ -535,7 +531,7 @@ def _scale_weights(layer: Layer, bottoms: list[Shape]) -> list[Shape]:
     end = len(bottoms[0]) if p.num_axes == -1 else axis + p.num_axes
     if len(bottoms) == 1 and not axis <= end <= len(bottoms[0]):
         raise NetError(
-            f"{layer.where}: num_axes {p.num_axes} from axis {axis} of {_x(bottoms[0])}; correct it"
+            f"{layer.where}: num_axes {p.num_axes} from axis {axis} of {by_x(bottoms[0])}; correct it"
         )
     factor = bottoms[1] if len(bottoms) > 1 else bottoms[0][axis:end]
     own = [] if len(bottoms) > 1 else [factor]
@@ -603,8 +599,8 @@ def check_weights(net: Net, path: Path | str) -> None:
         for i, (blob, shape) in enumerate(zip(layer.blobs, needed, strict=True)):
             if not _fits(blob.shape, shape):
                 raise WeightsError(
-                    f"{path}: layer '{layer.name}' blob {i} is {_x(blob.shape)}, the net needs {_x(shape)}; "
-                    "weights of another net, or a changed num_output or kernel_size?"
+                    f"{path}: layer '{layer.name}' blob {i} is {by_x(blob.shape)}, the net needs "
+                    f"{by_x(shape)}; weights of another net, or a changed num_output or kernel_size?"
                 )
 
 

@@ -17,7 +17,7 @@ from . import plan as plans
 from .calibration import Calibration, Start, transform_of
 from .derive import is_trainable
 from .engines import Engine
-from .errors import RebirthError, WeightsError
+from .errors import RebirthError, WeightsError, by_x
 from .merge import Merge
 from .net import TEST, TRAIN, Layer, Net
 from .plan import Plan
@@ -116,8 +116,13 @@ def prepare(net: Net, training: Training) -> Net:
     from .transform import Transform
 
     solver_text(read_template(training.solver), Schedule(1, 0, "", ""), str(training.solver))
+    if training.distil and not any(layer.blobs for layer in net.layers):
+        raise RebirthError(
+            f"{net.path}: has learned nothing to learn from it; give its --weights, or no --distil"
+        )
     made = trainable(net, training.data)
     made = made.replace(lambda layer: [_absolute(layer) if layer.type == "Data" else layer])
+    seen: dict[tuple[int, ...], str] = {}
     for phase, flag in ((TRAIN, "--train-data"), (TEST, "--test-data")):
         layer = data_layer(made, phase)
         if layer is None:
@@ -127,8 +132,16 @@ def prepare(net: Net, training: Training) -> Net:
         if phase == TRAIN:
             check_labels(layer, training.distil)
         transformed = Transform.of(layer)(first).shape
-        _same_size(net, transformed, f"{layer.param.data_param.source} ({flag})")
+        database = f"{layer.param.data_param.source} ({flag})"
+        _same_size(net, transformed, database)
+        seen[transformed] = database
         made.image = made.image or (info.channels, info.height, info.width)
+    if len(seen) > 1:
+        (one, here), (other, there) = seen.items()
+        raise RebirthError(
+            f"{here}: its images are {by_x(one)}, those of {there} {by_x(other)}; give images of one "
+            "size, or a --crop that makes them so"
+        )
     try:
         check_weights(made, "--weights")
     except WeightsError as error:
@@ -141,12 +154,11 @@ def check_labels(layer: Layer, learn: str) -> None:
 
     ``learn``: as ``Training.distil``.
     """
-    from .data import UNLABELLED, open_lmdb
+    from .evaluate import is_labelled
 
     source = layer.param.data_param.source
-    with open_lmdb(source) as images:
-        if images[0][1] == UNLABELLED and learn != distil.IMAGES:
-            raise RebirthError(f"{source}: its images have no labels; learn with --distil images")
+    if learn != distil.IMAGES and not is_labelled(source):
+        raise RebirthError(f"{source}: its images have no labels; learn with --distil images")
 
 
 def _same_size(net: Net, transformed: tuple[int, ...], database: str) -> None:
@@ -158,8 +170,8 @@ def _same_size(net: Net, transformed: tuple[int, ...], database: str) -> None:
     shape = infer(view)[inputs[0]]
     if shape is not None and shape[1:] != transformed:
         raise RebirthError(
-            f"{net.path}: takes {'x'.join(map(str, shape[1:]))}, the images of {database} are "
-            f"{'x'.join(map(str, transformed))}; give the --crop the net was trained with, or other images"
+            f"{net.path}: takes {by_x(shape[1:])}, the images of {database} are {by_x(transformed)}; give "
+            "the --crop the net was trained with, or other images"
         )
 
 
@@ -206,12 +218,12 @@ def write(folder: Path, original: Net, plan: Plan, training: Training, start: St
     if training.distil:
         template = distil.template(template)
     test_iter = _test_iterations(original)
+    steps = plan.steps(schedule)
     teacher = None
-    if training.distil:
+    if training.distil and steps:
         teacher = distil.Teacher(plans.apply(original, plan.only(())))
         original.edited(teacher.frozen()).write_weights(first / "teacher.caffemodel")
     bare = original.without_weights()
-    steps = plan.steps(schedule)
     made: list[Merge] = []
     nets: list[Net] = []
     compared: list[list[str]] = []  # what each of them has in common with the original

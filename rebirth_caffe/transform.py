@@ -11,7 +11,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from .errors import RebirthError
+from .errors import RebirthError, by_x
 from .net import Layer
 from .schema import caffe_pb2
 
@@ -92,7 +92,7 @@ class Transform:
             mean = _mean_image(Path(self.mean_file))
             if mean.shape != shape:
                 raise RebirthError(
-                    f"{self.mean_file}: a mean of {_x(mean.shape)}, but the images are {_x(shape)}; "
+                    f"{self.mean_file}: a mean of {by_x(mean.shape)}, but the images are {by_x(shape)}; "
                     "give the mean of these images, or --mean-value"
                 )
             return mean
@@ -120,7 +120,3 @@ def _mean_image(path: Path) -> Floats:
                 f"{path}: no mean image of Caffe's ({error}); give a mean.binaryproto"
             ) from None
     return _means[path]
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

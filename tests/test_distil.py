@@ -52,7 +52,7 @@ def teacher(original):
 
 @pytest.fixture(scope="session")
 def targets(teacher, reborn, plan, caffe):
-    return teacher.measure(blobs(reborn, plan.merges), CaffeEngine(caffe), images=100)
+    return teacher.measure(blobs(reborn, plan.merges), CaffeEngine(caffe), images=tiny.TRAIN_IMAGES)
 
 
 class Computed:
@@ -76,19 +76,23 @@ def test_what_is_compared(reborn, plan, targets):
 
 
 def test_the_variances_are_those_of_the_original_in_use(original, targets, in_caffe, tmp_path):
-    """Against the TEST net itself, on the same images (all of the data's first 100)."""
+    """Against the TEST net itself, on the same images (all of the data)."""
     original.write_weights(tmp_path / "net.caffemodel")
     code = """
 net = caffe.Net(path, 1, weights=weights)
 values = {name: [] for name in wanted}
-for _ in range(2):
+for _ in range(11):
     net.forward()
     for name in wanted: values[name].append(net.blobs[name].data.astype("float64").copy())
 result = {name: float(np.concatenate(v).var()) for name, v in values.items()}
 """
     train = next(layer for layer in original.layers if layer.type == "Data").param.data_param.source
     test = str(Path(train).with_name("test.lmdb"))
-    (tmp_path / "net.prototxt").write_text(original.text().replace(test, train))
+    (tmp_path / "net.prototxt").write_text(
+        original.text()
+        .replace(test, train)
+        .replace("batch_size: 50", f"batch_size: {tiny.TRAIN_IMAGES // 11}")
+    )
     paths = {"path": str(tmp_path / "net.prototxt"), "weights": str(tmp_path / "net.caffemodel")}
     found = in_caffe(code, **paths, wanted=[target.blob for target in targets])
     for target in targets:

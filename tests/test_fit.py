@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -19,6 +20,7 @@ from rebirth_caffe.engines.caffe import CaffeEngine
 from rebirth_caffe.engines.training import CaffeTrainer
 from rebirth_caffe.errors import RebirthError
 from rebirth_caffe.fit import fit
+from rebirth_caffe.init.fill import generator
 from rebirth_caffe.init.rescale import MOST, scales
 from rebirth_caffe.retrain import Options, retrain
 from rebirth_caffe.transform import Transform
@@ -158,6 +160,52 @@ def test_rows_are_bounded_whatever_the_number_of_images(images, by_caffe, monkey
     for count in (20, 60):
         fitted(original, images, by_caffe, "cover", count)
     assert seen == [(600, 16)] * 2
+
+
+def test_of_more_images_than_rows_some_are_taken(images, by_caffe, monkeypatch):
+    taken = []
+    for name in ("_fitted", "_rescaled"):
+        real = getattr(module, name)
+
+        def watched(*arguments, real=real):
+            taken.append((len(arguments[3]), arguments[5].sum()))
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, watched)
+    monkeypatch.setattr(module, "ROWS", 25)
+    original = with_weights(build(conv("a", "data", 6, 3), lrn("n", "a"), fc("fc", "n"), size=GREY))
+    for init in ("lsq", "inherit"):
+        fitted(original, images, by_caffe, init=init)
+    assert taken == [(25, 5)] * 2
+    whole, given = np.arange(60, dtype=np.float32).reshape(60, 1, 1, 1), np.zeros((60, 4), np.float32)
+    batches = [
+        module._some(original.layer("fc"), whole[at : at + 7], given[at : at + 7], at, 60, generator(0, "fc"))
+        for at in range(0, 60, 7)
+    ]
+    rows, _, held = map(np.concatenate, zip(*batches, strict=True))
+    assert len(rows) == 25
+    assert held.sum() == 5
+    assert (np.diff(rows[:, 0]) >= 2).all()  # spread evenly
+
+
+def test_images_that_tell_nothing(tmp_path, by_caffe):
+    """Pixels that never change are noted; images that are all the same are refused."""
+    varied = synthetic(30, 1)
+
+    def dark(i):
+        image = np.array(varied.load(i))
+        image[:8] = 0
+        return image
+
+    body = [conv("a", "data", 6, 28), relu("r", "a"), lrn("n", "a"), fc("fc", "n")]
+    original = with_weights(build(*body, size=GREY))
+    write_lmdb(tmp_path / "dark.lmdb", replace(varied, load=dark))
+    _, _, (found,) = fitted(original, tmp_path / "dark.lmdb", by_caffe, count=30)
+    assert found.note.startswith("224 of 784 inputs never change; ")
+    write_lmdb(tmp_path / "same.lmdb", replace(varied, load=lambda i: varied.load(0)))
+    for init in ("lsq", "inherit"):
+        with pytest.raises(RebirthError, match=r"same.lmdb: its 30 images are one and the same; give others"):
+            fitted(original, tmp_path / "same.lmdb", by_caffe, count=30, init=init)
 
 
 def test_layers_the_original_does_not_show_stay_as_they_were(images, by_caffe):
@@ -300,7 +348,7 @@ def test_the_command(images, tmp_path):
         "error: --calibration is for --init lsq and inherit, and for --sensitivity"
     )
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "error as inherited" in done.stdout
+    assert "error now" in done.stdout
     report = json.loads((tmp_path / "out/report.json").read_text())["fitted"]
     assert report[0]["layer"] == "a/rebirth"
     assert all(0 < one["after"] < 1 for one in report)

@@ -88,6 +88,14 @@ def test_images_in_the_order_of_their_classes_get_a_note(tmp_path, folders):
     done = run("make_lmdb.py", folders, tmp_path / "x.lmdb")
     assert done.stderr == "note: the images come class by class; training needs --shuffle, testing does not\n"
     assert labels(tmp_path / "x.lmdb") == [0] * 10 + [1] * 10
+    class_a = sorted(folders.iterdir())[0]
+    done = run("make_lmdb.py", class_a, tmp_path / "y.lmdb")
+    assert (
+        done.stderr
+        == f"note: the images come in the order of {class_a}; training needs --shuffle, testing does not\n"
+    )
+    assert labels(tmp_path / "y.lmdb") == [-1] * 10
+    assert run("make_lmdb.py", class_a, tmp_path / "z.lmdb", "--shuffle").stderr == ""
 
 
 def test_a_validation_split(tmp_path, folders):

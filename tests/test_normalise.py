@@ -12,6 +12,7 @@ import pytest
 from rebirth_caffe import caffemodel, normalise
 from rebirth_caffe import plan as plans
 from rebirth_caffe.caffemodel import Blob, Record
+from rebirth_caffe.calibration import spread
 from rebirth_caffe.data import open_lmdb
 from rebirth_caffe.derive import deploy
 from rebirth_caffe.distil import Teacher, blobs, side_by_side
@@ -108,7 +109,7 @@ def test_the_moments_are_those_of_what_the_convolutions_put_out(reborn, trained,
             tmp_path / "net.prototxt", tmp_path / "net.caffemodel", batch=normalise.IMAGES
         ) as session,
     ):
-        images = teacher.transform(np.stack([lmdb[i][0] for i in range(normalise.IMAGES)]))
+        images = teacher.transform(np.stack([lmdb[i][0] for i in spread(len(lmdb), normalise.IMAGES)]))
         out = session.forward({"data": images}, [layer.top[0]])[layer.top[0]].astype(np.float64)
     mean, variance = found["conv1/rebirth"]
     assert mean == pytest.approx(out.mean(axis=(0, 2, 3)), rel=1e-4, abs=1e-6)

@@ -684,6 +684,14 @@ def test_an_output_that_is_there(tmp_path):
     assert bad(DEPLOY, "--out", "", cwd=tmp_path).startswith(".: exists already; ")
 
 
+@pytest.mark.parametrize("out", ["x", None])
+def test_an_output_that_is_there_is_noticed_before_anything_takes_long(out, tmp_path, made):
+    (tmp_path / (out or "cifar10_googlenet_rebirth")).mkdir()
+    images = ["--weights", made / "w.caffemodel", "--init", "lsq", "--calibration", "none-of-these-are-read"]
+    said = bad(DEPLOY, *images, *(("--out", out) if out else ()), cwd=tmp_path)
+    assert said.endswith("exists already; give another --out, or --force to replace its files")
+
+
 def test_an_output_that_would_replace_the_input(tmp_path):
     shutil.copy(DEPLOY, tmp_path / "deploy.prototxt")
     said = bad("deploy.prototxt", "--out", ".", "--force", cwd=tmp_path)

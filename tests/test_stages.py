@@ -11,9 +11,11 @@ import pytest
 
 from rebirth_caffe import plan as plans
 from rebirth_caffe.data import Images, write_lmdb
+from rebirth_caffe.engines.training import CaffeTrainer
 from rebirth_caffe.errors import NetError, RebirthError
 from rebirth_caffe.net import TEST, TRAIN, Net
 from rebirth_caffe.rebirth import Result, rebirth
+from rebirth_caffe.retrain import Options, retrain
 from rebirth_caffe.schema.caffe_pb2 import BlobProto
 from rebirth_caffe.solver import TrainData
 from rebirth_caffe.stages import Training
@@ -205,6 +207,27 @@ class TestRefusals:
             trained, r"takes 3x32x32, the images of .* \(--train-data\) are 1x28x28; give the --crop", net
         )
 
+    def test_two_databases_of_different_images(self, trained, tmp_path):
+        small = Images(["a"] * 9, np.zeros(9, np.int64), lambda i: np.zeros((20, 28), np.uint8), ("x",))
+        write_lmdb(tmp_path / "small.lmdb", small)
+        self.refuse(
+            trained,
+            r"train.lmdb \(--train-data\): its images are 1x24x24, those of .*small.lmdb .* 1x20x28; give",
+            test=str(tmp_path / "small.lmdb"),
+            net=str(self.uncropped(trained, tmp_path)),
+        )
+
+    def uncropped(self, trained: Path, tmp_path: Path) -> Path:
+        """The net without its crop in TEST."""
+        before, last = (trained / "train_val.prototxt").read_text().split("{ crop_size: 24")
+        path = tmp_path / "net.prototxt"
+        path.write_text(f"{before}{{ {last}")
+        return path
+
+    def test_a_net_that_has_nothing_to_teach(self, trained):
+        with pytest.raises(RebirthError, match=r"has learned nothing to learn from it; give its --weights"):
+            rebirth(trained / "train_val.prototxt", training=Training(self.given(trained), distil="images"))
+
     def test_weights_that_do_not_fit_the_images(self, trained):
         data = self.given(trained, crop=28)
         with pytest.raises(RebirthError, match=r"layer 'fc' blob 0 is .* images of another size: see --crop"):
@@ -225,6 +248,18 @@ class TestRefusals:
             NetError, match=r"its data comes from ImageData\), and a database needs exactly one"
         ):
             rebirth(tmp_path / "net.prototxt", training=Training(self.given(trained)))
+
+
+def test_nothing_to_retrain(trained, tmp_path, caffe):
+    """Exact merges alone, or none: there is nothing to learn, from the original or without it."""
+    for distil in ("", "images"):
+        home = tiny.reborn(trained, tmp_path / f"x{distil}", exact=True, learning={"distil": distil})
+        assert not (home / "stages").exists()
+        assert not (home / "original/teacher.caffemodel").exists()
+        outcome = retrain(home, Options(iterations=4, distil=distil), CaffeTrainer(caffe))
+        assert outcome is not None
+        assert outcome.final == outcome.original
+        assert (home / "final/deploy.prototxt").exists()
 
 
 def test_paths_hold_from_anywhere(trained, tmp_path, monkeypatch):

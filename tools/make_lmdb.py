@@ -70,7 +70,15 @@ def main() -> None:
 
     import numpy as np
 
-    from rebirth_caffe.data import Recipe, by_class, choose, find_images, show_progress, write_lmdbs
+    from rebirth_caffe.data import (
+        UNLABELLED,
+        Recipe,
+        by_class,
+        choose,
+        find_images,
+        show_progress,
+        write_lmdbs,
+    )
 
     images = find_images(args.src, args.root)
     order, held = choose(
@@ -87,11 +95,10 @@ def main() -> None:
     classes = [len(set(labels.tolist())) for labels in (images.labels[order], images.labels)]
     if classes[0] < classes[1]:
         print(f"note: only {classes[0]} of {classes[1]} classes are among these images", file=sys.stderr)
-    if by_class(images.labels[order]):
-        print(
-            "note: the images come class by class; training needs --shuffle, testing does not",
-            file=sys.stderr,
-        )
+    unlabelled = int(images.labels[0]) == UNLABELLED
+    if by_class(images.labels[order]) or (unlabelled and not args.shuffle and not args.mix):
+        how = f"in the order of {args.src}" if unlabelled else "class by class"
+        print(f"note: the images come {how}; training needs --shuffle, testing does not", file=sys.stderr)
     parts = {args.out: order}
     if args.hold_out:
         parts[Path(args.hold_out[1])] = held

@@ -53,13 +53,13 @@ def parse_args() -> argparse.Namespace:
                    help="weights of reborn layers: noise as in the paper, the absorbed layers', or fitted to "
                    "what the original does with images (default: inherit)")  # fmt: skip
     p.add_argument("--calibration", metavar="IMAGES",
-                   help="images for lsq, or for inherit to scale by what it copies, without labels: an LMDB, "
-                   "a folder, a list (default: for lsq, --train-data); for a deploy net with "
-                   "--mean-value, --scale, --crop as it was trained")  # fmt: skip
+                   help="images for lsq and --sensitivity, or for inherit to scale by what it copies, "
+                   "without labels: an LMDB, a folder, a list (default: for the first two --train-data); "
+                   "for a deploy net with --mean-value, --scale, --crop as it was trained")  # fmt: skip
     p.add_argument("--images", metavar="N", type=cli.positive, help="of them, to use (default: 1024)")
     p.add_argument("--sensitivity", action="store_true",
                    help="measure, too, what each merge alone saves and loses, in every geometry (needs "
-                   "--calibration and takes its time)")  # fmt: skip
+                   "--calibration, which is for that alone then, and takes its time)")  # fmt: skip
     p.add_argument("--seed", metavar="N", type=cli.whole, default=0, help="of everything random (default: 0)")
     p.add_argument("--image", metavar="CxHxW", type=_image,
                    help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
@@ -133,7 +133,14 @@ def main() -> None:
     if args.init != "lsq" and not args.sensitivity:
         # These matrices are small: threads would only wait for each other.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from rebirth_caffe.rebirth import rebirth
+    from rebirth_caffe.rebirth import may_write, rebirth
+
+    def out(name: str) -> Path:
+        return Path(re.sub(r"[^\w.+-]", "_", name)[:60] + "_rebirth" if args.out is None else args.out)
+
+    def named(name: str) -> None:
+        if not args.dry_run:
+            may_write(out(name), args.force)
 
     with _progress(args) as tell:
         result = rebirth(
@@ -141,11 +148,10 @@ def main() -> None:
             reduce=args.reduce, kernel=args.kernel, init=args.init, seed=args.seed, image=args.image,
             proto=args.proto, training=_training(args), caffe=args.caffe,
             calibration=_calibration(args),
-            sensitivity=args.sensitivity, tell=tell,
+            sensitivity=args.sensitivity, tell=tell, named=named,
         )  # fmt: skip
-    default = re.sub(r"[^\w.+-]", "_", result.original.name)[:60] + "_rebirth"
-    out = default if args.out is None else args.out
-    written = [] if args.dry_run else result.write(out, args.force)
+    folder = out(result.original.name)
+    written = [] if args.dry_run else result.write(folder, args.force)
     if args.json:
         print(json.dumps(result.report(), indent=2))
         return
@@ -154,9 +160,9 @@ def main() -> None:
     show(result)
     if written:
         names = [path.name + "/" * path.is_dir() for path in written]
-        print(cli.printable(f"wrote {Path(out)}/: {', '.join(names)}"))
+        print(cli.printable(f"wrote {folder}/: {', '.join(names)}"))
         if "stages/" in names:
-            print(cli.printable(f"next: python tools/retrain.py {shlex.quote(str(out))}"))
+            print(cli.printable(f"next: python tools/retrain.py {shlex.quote(str(folder))}"))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from math import floor
 
+from ..errors import by_x
 from ..params import Conv
 from ..shapes import conv_size
 
@@ -164,6 +165,6 @@ def text(kernel: Sequence[int], stride: Sequence[int], pad: Sequence[int]) -> st
     """``7x7/4 pad 3``; both strides or pads where they differ."""
 
     def short(values: Sequence[int]) -> str:
-        return "x".join(map(str, values[:1] if len(set(values)) == 1 else values))
+        return by_x(values[:1] if len(set(values)) == 1 else values)
 
-    return f"{'x'.join(map(str, kernel))}/{short(stride)} pad {short(pad)}"
+    return f"{by_x(kernel)}/{short(stride)} pad {short(pad)}"
