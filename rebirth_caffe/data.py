@@ -669,7 +669,9 @@ class Lmdb(Sequence[tuple[Pixels, int]]):
             made = "tools/make_lmdb.py makes one, tools/fetch_data.py those of prototxts/"
             raise RebirthError(f"{path}: no such database; {made}")
         if not (self.path / "data.mdb").is_file():
-            raise RebirthError(f"{path}: holds no data.mdb, so it is not an LMDB")
+            raise RebirthError(
+                f"{path}: holds no data.mdb, so it is not an LMDB; tools/make_lmdb.py makes one"
+            )
         self._env = _open(self.path)
         info, stat = self._env.info(), self._env.stat()
         if (self.path / "data.mdb").stat().st_size < (info["last_pgno"] + 1) * stat["psize"]:

@@ -19,6 +19,7 @@ from .derive import deploy
 from .engines import Engine, Session, running
 from .errors import RebirthError, by_x
 from .net import TEST, Net
+from .shapes import all_param_shapes
 from .transform import Transform
 
 BATCH = 100
@@ -86,8 +87,12 @@ def _files(net: Net, scratch: Path | None) -> Iterator[tuple[Path, Path]]:
     """The deploy net of ``net`` and its weights, as files for a while."""
     if not any(layer.blobs for layer in net.layers):
         raise RebirthError(f"{net.path}: has no weights; an untrained net has no accuracy")
+    deployed = deploy(net)
+    if bare := [x.name for x, shapes in all_param_shapes(deployed).items() if shapes and not x.blobs]:
+        more = f" and {len(bare) - 1} more" if len(bare) > 1 else ""
+        raise RebirthError(f"{net.path}: no weights for '{bare[0]}'{more}; give weights of this very net")
     with tempfile.TemporaryDirectory(prefix=".test.", dir=scratch) as folder:
-        deployed, files = deploy(net), (Path(folder) / "deploy.prototxt", Path(folder) / "net.caffemodel")
+        files = (Path(folder) / "deploy.prototxt", Path(folder) / "net.caffemodel")
         deployed.write(files[0])
         deployed.write_weights(files[1])
         yield files

@@ -123,7 +123,7 @@ def read_text(path: Path, what: str = "prototxt") -> str:
     if b"\0" in data:
         raise PrototxtError(
             f"{path}:{data[: data.index(0)].count(10) + 1}: binary data, not a {what}; "
-            "weights go to --weights"
+            "weights go to --weights or behind the net"
         )
     return data.decode("utf-8", "surrogateescape")
 

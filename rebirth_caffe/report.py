@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from . import params
+from .calibration import transform_of
 from .cli import printable
 from .errors import NetError, by_x
 from .merge import Merge, Spec
@@ -262,6 +263,10 @@ def _notes(result: Result) -> list[str]:
         lines.append(f"weights in the fork's own fields, kept as they are: {_some(fields)}")
     if result.without_weights:
         lines.append(f"layers without weights, the file has none for them: {_some(result.without_weights)}")
+    if result.training is not None:
+        given = transform_of(result.original)
+        if given.mean_file is None and not given.mean_values and given.scale == 1:
+            lines.append("images go in as they are, 0 to 255; else give the net's --mean-value and --scale")
     return lines
 
 

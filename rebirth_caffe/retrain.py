@@ -111,10 +111,12 @@ class Outcome:
     steps: list[Event]
     curve: list[Event]  # on the way
     macs: tuple[int, int]  # of the deploy nets, original and final
+    labelled: bool = True  # False where, without labels, right is what the original says
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: original, steps in order, final."""
+        """Plain data: original, steps in order, final; what is right where there are no labels."""
         return {
+            **({} if self.labelled else {"right": "what the original says"}),
             "original": {**dataclasses.asdict(self.original), "macs": self.macs[0]},
             "steps": self.steps,
             "curve": self.curve,
@@ -194,7 +196,6 @@ class _Run:
             names = ", ".join(step.stage for step in self.steps) or "none"
             raise RebirthError(f"--stage {until}: no step is called that; there are {names}")
         self.journal = Journal(home / "retrain" / "journal.jsonl")
-        self._same_as_before()
         for left in (*(home / "retrain").glob(".test.*"), *home.glob(".final.*")):
             shutil.rmtree(left, ignore_errors=True)  # of a killed run
 
@@ -246,6 +247,7 @@ class _Run:
         if learned_from is not None:
             check_labels(learned_from, self.options.distil)
         self.teacher = distil.Teacher(net) if self.options.distil else None
+        self._same_as_before()  # nothing is remembered of a run that was refused
         done = [e["stage"] for e in self.journal.all("step")]
         steps = [(step.stage, step.iterations) for step in self.steps]
         self.tell("run", {"steps": steps, "done": done})
@@ -645,7 +647,8 @@ class _Run:
             for e in self.journal.all("curve")
         ]
         deployed = plans.without_dropout(deploy(net))
-        outcome = Outcome(original, tested, steps, curve, (macs, cost(deployed).macs))
+        labelled = is_labelled(self._tested_on(self.original).param.data_param.source)
+        outcome = Outcome(original, tested, steps, curve, (macs, cost(deployed).macs), labelled)
         accuracy = json.dumps(outcome.to_json(), indent=2) + "\n"
         final = self.home / "final"
         if _holds(final, accuracy):

@@ -157,7 +157,7 @@ def check_labels(layer: Layer, learn: str) -> None:
     from .evaluate import is_labelled
 
     source = layer.param.data_param.source
-    if learn != distil.IMAGES and not is_labelled(source):
+    if not is_labelled(source) and learn != distil.IMAGES:
         raise RebirthError(f"{source}: its images have no labels; learn with --distil images")
 
 

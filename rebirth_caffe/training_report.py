@@ -135,7 +135,8 @@ class Screen:
         from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, title="accuracy on the test data", title_justify="left")
+        what = "accuracy" if outcome.labelled else "agreement with the original"
+        table = Table(box=box.SIMPLE_HEAD, title=f"{what} on the test data", title_justify="left")
         for name in ("step", "top-1", "top-5", "loss", "iterations", "time", "MMAC", ""):
             table.add_column(name, justify="left" if name in ("step", "") else "right", overflow="fold")
 

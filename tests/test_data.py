@@ -568,8 +568,9 @@ def test_databases_that_are_none(tmp_path):
         return str(caught.value).removeprefix(f"{path}: ")
 
     assert complaint(tmp_path / "none").startswith("no such database; tools/make_lmdb.py makes one")
-    assert complaint(tmp_path) == "holds no data.mdb, so it is not an LMDB"
-    assert complaint(save(tmp_path / "file", b"x")) == "holds no data.mdb, so it is not an LMDB"
+    none = "holds no data.mdb, so it is not an LMDB; tools/make_lmdb.py makes one"
+    assert complaint(tmp_path) == none
+    assert complaint(save(tmp_path / "file", b"x")) == none
     assert "data.mdb is empty" in complaint(save(tmp_path / "zero/data.mdb", b"").parent)
     assert "cannot be opened as an LMDB" in complaint(save(tmp_path / "text/data.mdb", b"x" * 9999).parent)
     assert complaint(put(tmp_path / "empty", {})) == "the database is empty"

@@ -333,10 +333,12 @@ def test_with_images_alone_the_original_says_what_is_right(trained, tmp_path, ca
     learn(tmp_path, tmp_path / "home", caffe, "images")
     found = json.loads((tmp_path / "home/final/accuracy.json").read_text())
     assert (found["original"]["top1"], found["original"]["images"]) == (1.0, 50)
+    assert found["right"] == "what the original says"
     assert 0.2 < found["final"]["top1"] < 1.0
     (tmp_path / "home/retrain/journal.jsonl").unlink()
     with pytest.raises(RebirthError, match="have no labels; learn with --distil images"):
         retrain(tmp_path / "home", Options(iterations=40, segment=20), CaffeTrainer(caffe))
+    assert not (tmp_path / "home/retrain/journal.jsonl").exists()
     done = subprocess.run(
         [
             *(sys.executable, tiny.ROOT / "tools/evaluate.py", tmp_path / "home/final/deploy.prototxt"),

@@ -437,7 +437,10 @@ BAD_NETS = {
         (ZOO / "cifar10_googlenet" / "solver.prototxt").read_text(),
         r": holds no layer .*'net' at line \d+.* give a deploy or train_val prototxt",
     ),
-    "noise": (bytes(range(256)) * 20, r":1: binary data, not a prototxt; weights go to --weights"),
+    "noise": (
+        bytes(range(256)) * 20,
+        r":1: binary data, not a prototxt; weights go to --weights",
+    ),
     "noise without zeros": (bytes(range(200, 256)) * 20, r":1: .* not a prototxt"),
     "UTF-16": (DEPLOY.read_text().encode("utf-16"), r":1: binary data, not a prototxt"),
     "empty": ("", ": holds no layer; give a deploy or train_val prototxt"),
@@ -635,7 +638,10 @@ def test_a_plan_of_something_else(tmp_path):
         (("--image", "3x0x32"), "argument --image: '3x0x32' is no CxHxW; give channels, height and width: "),
         (("--train-data", "a"), "--train-data and --test-data go together; see "),
         (("--train-data", "a", "--test-data", "b"), ""),
-        (("--scale", "0.1"), "--scale is of no use without --train-data and --test-data; see "),
+        (
+            ("--scale", "0.1"),
+            "--scale is of no use without --train-data and --test-data, or --calibration; see ",
+        ),
         (("--mean-value", "1,,2"), "argument --mean-value: '1,,2' is not numbers, like 104,117,123; see "),
         (("--crop", "0"), "argument --crop: '0' is no whole number from 1; see "),
         (("--fast",), "unrecognized arguments: --fast; see rebirth_net.py --help"),

@@ -34,7 +34,7 @@ def main() -> int:
     )
     parser.add_argument("--runs", type=int, default=20, help="timed forwards of each net (default: 20)")
     parser.add_argument("--engine", default="caffe,opencv", help="as in tools/benchmark.py")
-    parser.add_argument("--iterations", type=int, default=2000, help="of the training (default: 2000)")
+    parser.add_argument("--iterations", type=int, default=1750, help="of the training (default: 1750)")
     args = parser.parse_args()
     if args.out != parser.get_default("out"):
         args.out = args.out.resolve()
@@ -61,7 +61,7 @@ def accuracy(args: argparse.Namespace) -> None:
                 *("--iterations", str(args.iterations), "--out", str(out)),
             ]
         )
-    show(["tools/retrain.py", str(out), "--segment", "500"])
+    show(["tools/retrain.py", str(out), "--segment", "500", "--scores", "16"])
     show(
         [
             *("tools/benchmark.py", f"{TRAINED}/deploy.prototxt", f"{out}/final/deploy.prototxt"),

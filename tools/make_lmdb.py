@@ -66,7 +66,7 @@ def main() -> None:
     args = parse_args()
     fraction = _fraction(args.hold_out[0]) if args.hold_out else 0.0
     if args.mix and args.hold_out:
-        cli.fail("--mix: makes one database, of all images; hold out some of them first, then mix the rest")
+        cli.fail("--mix: makes one database, of all images; hold out some first, then mix the database left")
 
     import numpy as np
 
@@ -118,7 +118,8 @@ def main() -> None:
         )
     for one in written:
         print(one.summary())
-    print(written[0].transform())
+    if not args.mix:  # whose mean is of no use: a net that teaches keeps the one it was trained with
+        print(written[0].transform())
 
 
 if __name__ == "__main__":

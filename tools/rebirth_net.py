@@ -91,7 +91,8 @@ def parse_args() -> argparse.Namespace:
         *("mirror", "batch", "solver", "iterations", "schedule", "distil"),
     ):
         if args.train_data is None and getattr(args, name) is not None:
-            p.error(f"--{name.replace('_', '-')} is of no use without --train-data and --test-data")
+            also = ", or --calibration" if name in ("mean_file", "mean_value", "scale", "crop") else ""
+            p.error(f"--{name.replace('_', '-')} is of no use without --train-data and --test-data{also}")
     learning = "--sensitivity" if args.sensitivity else "--init lsq" if args.init == "lsq" else ""
     if learning and not (args.calibration or args.train_data):
         p.error(f"{learning} takes images; give --calibration, or --train-data and --test-data")
