@@ -76,12 +76,14 @@ class Calibration:
 @dataclass(frozen=True)
 class Fitted:
     """What came of a reborn layer: the relative error of its output (``init.least_squares.error``) on images
-    that were held out, as inherited and as fitted. ``note`` says why it was not, or what is odd."""
+    that were held out, as inherited, as it is now, and of the closest fit, which its kernel and stride allow.
+    ``note`` says why it was not fitted, or what is odd."""
 
     merge: str
     layer: str
     before: float | None = None
     after: float | None = None
+    least: float | None = None
     ridge: float | None = None
     note: str = ""
 
@@ -91,7 +93,7 @@ class Fitted:
 
 
 # What was fitted to images has the scale of a trained net and bears less than noise does (docs/RESULTS.md).
-FITTED_LR = {"lsq": 1.0, "inherit": 4.0}
+FITTED_LR = 4.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Start:
     def rate(self) -> float:
         """How many times as fast as the other layers reborn ones learn: the paper's ten times where nothing
         was fitted."""
-        return REBORN_LR if self.calibration is None else FITTED_LR.get(self.init, REBORN_LR)
+        return REBORN_LR if self.calibration is None or self.init == "xavier" else FITTED_LR
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -331,31 +331,61 @@ def _fitted(
         covariance = Moments(y.shape[1]).add(y).covariance
         mix = least_squares.directions(covariance, target.need, len(weight), target.relu)
         y, start = y @ mix.astype(np.float32), mix.T @ target.kernels
-    pieces: list[least_squares.Solution] = []
-    before: list[float] = []
+    pieces: list[least_squares.Weights] = []
+    errors: list[tuple[float, float, float]] = []
+    ridges: list[float] = []
     for mine, wanted, own, shift in _groups(layer, x, y, start, bias):
-        before.append(least_squares.error(mine[held], wanted[held], (own, shift), target.relu))
-        pieces.append(least_squares.fit(mine, wanted, held, target.relu, own))
-    made = np.concatenate([piece.weight for piece in pieces]).reshape(weight.shape).astype(np.float32)
-    moved = np.concatenate([piece.bias for piece in pieces]).astype(np.float32)
+        best = least_squares.fit(mine, wanted, held, target.relu, own)
+        ridges.append(best.ridge)
+        # The channels of a reducer that lost some are chosen, not inherited.
+        made = best.weight, best.bias
+        if target.need is None:
+            made = _mixed(best, (own, shift), mine[~held], wanted[~held], target.relu)
+        pieces.append(made)
+        before, after = (
+            least_squares.error(mine[held], wanted[held], w, target.relu) for w in ((own, shift), made)
+        )
+        errors.append((before, after, best.error))
+    found = np.concatenate([piece for piece, _ in pieces]).reshape(weight.shape).astype(np.float32)
+    moved = np.concatenate([piece for _, piece in pieces]).astype(np.float32)
     notes = []
     dead = int((y.max(axis=0) <= 0).sum()) if target.relu else 0
     if dead:
-        notes.append(f"{dead} of {len(made)} channels never active in the original")
+        notes.append(f"{dead} of {len(found)} channels never active in the original")
     still = int((x.max(axis=0) == x.min(axis=0)).sum())
     if still:
         notes.append(f"{still} of {x.shape[1]} inputs never change")
     if len(x) < 2 * start.shape[1]:
         notes.append(f"{len(x):,} rows for {start.shape[1]:,} inputs: more images would do it good")
+    before, after, least = (float(one) for one in np.mean(errors, axis=0))
     fitted = Fitted(
         merge.id,
         layer.name,
-        before=float(np.mean(before)) if target.need is None else None,
-        after=float(np.mean([piece.error for piece in pieces])),
-        ridge=max(piece.ridge for piece in pieces),
+        before=before if target.need is None else None,
+        after=after,
+        least=least,
+        ridge=max(ridges),
         note="; ".join(notes),
     )
-    return fitted, stored(layer, made, moved)
+    return fitted, stored(layer, found, moved)
+
+
+def _mixed(
+    best: least_squares.Solution, inherited: least_squares.Weights, x: Floats, y: Floats, relu: bool
+) -> least_squares.Weights:
+    """The best fit with as much of what was inherited, scaled to ``y``, as the fit cannot tell; of a channel
+
+        w = (1 - e) w_fit + e s w_inherited,    e: the fit's relative error on rows held out
+
+    What x does not tell of y least squares answers with the mean. Its channels are blurred, and so more alike
+    than the original's; the layers above, and a training, need the detail that was lost, which the inherited
+    kernels have, if not where it belongs (docs/RESULTS.md). A fit without error stays as it is.
+    """
+    share = np.minimum(best.channels, 1)
+    factor = rescale.scales(least_squares.outputs(x, inherited, relu), y)
+    own, shift = inherited
+    weight = (1 - share)[:, None] * best.weight + (share * factor)[:, None] * own
+    return weight, (1 - share) * best.bias + share * factor * shift
 
 
 def _rescaled(

@@ -207,10 +207,10 @@ def _fitted(result: Result) -> list[Table]:
     """How well the layers that were fitted do what the original did."""
     rows = []
     for one in result.fitted:
-        numbers = ["" if error is None else f"{error:.2f}" for error in (one.before, one.after)]
+        numbers = ["" if error is None else f"{error:.2f}" for error in (one.before, one.after, one.least)]
         ridge = "" if one.ridge is None else f"{one.ridge:g}"
         rows.append([one.merge, one.layer, *numbers, ridge, one.note])
-    columns = ["merge", "fitted", "error as inherited", "error now", "ridge", ""]
+    columns = ["merge", "fitted", "error as inherited", "error now", "at least", "ridge", ""]
     return [_table(columns, rows)] if rows else []
 
 

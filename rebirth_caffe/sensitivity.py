@@ -35,7 +35,7 @@ RUNS = 20
 
 @dataclass(frozen=True)
 class Alone:
-    """One merge alone: the largest relative error of its layers (None where none could be fitted),
+    """One merge alone: the largest relative error of its layers' closest fits (None where there is none),
     milliseconds of one image before and after, and top-1."""
 
     merge: str
@@ -133,7 +133,7 @@ def alone(
 ) -> Alone:
     """``merge`` alone, which ``plan`` makes (with those it builds upon); ``top1`` gives a net's accuracy."""
     made, fitted = fit(net, plans.apply(net, plan, start.init, start.seed), plan, start, engine)
-    errors = [one.after for one in fitted if one.after is not None]
+    errors = [one.least for one in fitted if one.least is not None]
     before, after = _milliseconds([net, made], engine)
     accuracy = None if top1 is None else top1(made)
     return Alone(merge.id, merge.stage, max(errors, default=None), before, after, accuracy)

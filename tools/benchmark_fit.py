@@ -47,8 +47,9 @@ def main() -> None:
             weights = str(Path(home, "fillers.caffemodel"))
             net.write_weights(Path(weights))
         command = [
-            sys.executable, str(Path(__file__).with_name("rebirth_net.py")), str(args.net), "--weights", weights,
-            "--init", "lsq", "--calibration", args.calibration, "--images", str(args.images),
+            sys.executable, str(Path(__file__).with_name("rebirth_net.py")), str(args.net),
+            "--weights", weights, "--init", "lsq",
+            "--calibration", args.calibration, "--images", str(args.images),
             f"--mean-value={args.mean_value}", "--out", str(Path(home, "out")),
         ]  # fmt: skip
         load = os.getloadavg()[0]

@@ -38,6 +38,7 @@ class Beginning:
 # the others; learning from the original is by Adam.
 RATES = (0.0005, 0.001, 0.002, 0.004)
 SCORES = 4.0
+MOMENTUM2 = 0.999
 STARTS = {
     "xavier": Beginning("xavier", ""),
     "inherit": Beginning("inherit", ""),
@@ -50,17 +51,15 @@ STARTS = {
     "lsq-distil-images": Beginning("lsq", "images", True),
     "lsq-distil-labels": Beginning("lsq", "labels", True),
 }
-SOLVERS = {
-    True: 'type: "Adam"\nmomentum: 0.9\nmomentum2: 0.999\n',
-    False: "momentum: 0.9\nweight_decay: 0.0005\n",
-}
+ADAM = 'type: "Adam"\nmomentum: 0.9\nmomentum2: {:g}\n'
+SGD = "momentum: 0.9\nweight_decay: 0.0005\n"
 ENDS = 'lr_policy: "poly"\npower: 1\nsolver_mode: CPU\n'
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. ``held_out``: trained and tested on the two parts of the training images. ``scores``: what
-    they weigh in learning from the original."""
+    """One run. ``held_out``: trained and tested on the two parts of the training images. ``scores`` and
+    ``momentum2``: what the scores weigh, and Adam's, in learning from the original."""
 
     start: str
     iterations: int
@@ -68,6 +67,7 @@ class Job:
     rate: float
     held_out: bool
     scores: float = SCORES
+    momentum2: float = MOMENTUM2
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,6 +101,8 @@ def parse_args() -> argparse.Namespace:
                    help="of retrain.py, where the original is learned from (default: yes)")  # fmt: skip
     p.add_argument("--scores", metavar="WEIGHT", type=cli.above_zero, default=SCORES,
                    help=f"of retrain.py, where the original teaches (default: {SCORES:g})")  # fmt: skip
+    p.add_argument("--momentum2", metavar="M", type=cli.above_zero, default=MOMENTUM2,
+                   help=f"of Adam, where the original teaches (default: {MOMENTUM2:g})")  # fmt: skip
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
     engine_options(p)
     p.add_argument("--work", metavar="DIR", type=Path, default=Path("starts"), help="default: starts/")
@@ -126,9 +128,13 @@ def _wholes(text: str) -> tuple[int, ...]:
 def main() -> None:
     args = parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    scores = {start: args.scores if STARTS[start].distil else SCORES for start in args.starts}
+
+    def job(start: str, iterations: int, seed: int, rate: float, held_out: bool) -> Job:
+        taught = (args.scores, args.momentum2) if STARTS[start].distil else ()
+        return Job(start, iterations, seed, rate, held_out, *taught)
+
     choosing = {
-        start: [Job(start, args.choose_at, args.seeds[0], rate, True, scores[start]) for rate in args.rates]
+        start: [job(start, args.choose_at, args.seeds[0], rate, True) for rate in args.rates]
         for start in args.starts
         if len(args.rates) > 1
     }
@@ -139,7 +145,7 @@ def main() -> None:
         print(f"{start}: base_lr {rates[start]:g}", flush=True)
     run(
         [
-            Job(s, n, seed, rates[s], False, scores[s])
+            job(s, n, seed, rates[s], False)
             for seed in args.seeds
             for n in args.iterations
             for s in args.starts
@@ -187,10 +193,13 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
 
     begin = STARTS[job.start]
     part = "val" if job.held_out else "test"
-    home = args.work / f"{job.start}-{job.iterations}-{job.seed}-{job.rate:g}-{job.scores:g}-{part}"
+    setting = f"{job.rate:g}-{job.scores:g}-{job.momentum2:g}"
+    home = args.work / f"{job.start}-{job.iterations}-{job.seed}-{setting}-{part}"
     if not home.exists():
         solver = Path(f"{home}.solver")
-        solver.write_text(f"base_lr: {job.rate:g}\n{ENDS}{SOLVERS[bool(begin.distil)]}", "utf-8")
+        solver.write_text(
+            f"base_lr: {job.rate:g}\n{ENDS}{ADAM.format(job.momentum2) if begin.distil else SGD}", "utf-8"
+        )
         data = TrainData(args.fit, args.val) if job.held_out else TrainData(args.train, args.test)
         weights = args.weights or args.net / f"{args.net.name}.caffemodel"
         training = Training(data, solver, job.iterations, "joint", begin.distil, trainer.engine)

@@ -44,12 +44,14 @@ def main() -> None:
 
 
 def by_start(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
-    """The runs of each start (and of what the scores weighed, unless 4) and rate, by their seeds."""
+    """The runs of each start (with what the scores weighed and Adam's momentum2, where they are not the
+    default) and rate, by their seeds."""
     found: dict[tuple[str, float], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run["job"]["seed"]):
         job = run["job"]
-        scores = job.get("scores", 4)  # as all had it once
-        found[job["start"] + (f", scores {scores:g}" if scores != 4 else ""), job["rate"]].append(run)
+        usual = {"scores": 4, "momentum2": 0.999}  # as all had it once
+        odd = [f", {name} {job[name]:g}" for name, value in usual.items() if job.get(name, value) != value]
+        found["".join([job["start"], *odd]), job["rate"]].append(run)
     return found
 
 

@@ -35,12 +35,14 @@ CHUNK = 4096  # rows
 
 @dataclass(frozen=True)
 class Solution:
-    """A fitted layer: its weights, the ridge, and ``error`` on rows that were held out."""
+    """A fitted layer: its weights, the ridge, and ``error`` on rows that were held out, in all and of each
+    channel."""
 
     weight: Doubles
     bias: Doubles
     ridge: float
     error: float
+    channels: Doubles
 
 
 class Moments:
@@ -87,9 +89,22 @@ def error(x: Floats, y: Floats, weights: Weights, relu: bool) -> float:
     """
     if not len(y):
         return math.nan
-    wrong = sum(float(np.sum((outputs(x[s], weights, relu) - y[s]) ** 2)) for s in _chunks(len(x)))
-    spread = float(np.sum((y - y.mean(axis=0)) ** 2))
-    return math.sqrt(wrong / (spread or y.size))
+    wrong, spread = _squares(x, y, weights, relu)
+    return math.sqrt(float(wrong.sum()) / (float(spread.sum()) or y.size))
+
+
+def channel_errors(x: Floats, y: Floats, weights: Weights, relu: bool) -> Doubles:
+    """The same of each channel; 0 of one whose target does not vary."""
+    wrong, spread = _squares(x, y, weights, relu)
+    return np.sqrt(np.divide(wrong, spread, out=np.zeros_like(wrong), where=spread > 0))
+
+
+def _squares(x: Floats, y: Floats, weights: Weights, relu: bool) -> tuple[Doubles, Doubles]:
+    """Of each channel the squared error, and that of its mean, summed over the rows."""
+    wrong: Doubles = np.zeros(y.shape[1])
+    for some in _chunks(len(x)):
+        wrong += np.square(outputs(x[some], weights, relu) - y[some]).sum(axis=0, dtype=np.float64)
+    return wrong, np.square(y - y.mean(axis=0)).sum(axis=0, dtype=np.float64)
 
 
 class _Regression:
@@ -149,7 +164,8 @@ def fit(x: Floats, y: Floats, held: NDArray[np.bool_], relu: bool, start: Double
             break  # with less of it the fit only follows what the held-out rows do not share
     good = TOLERANCE * min(wrong for wrong, *_ in tried)
     wrong, ridge, at = next(one for one in tried if one[0] <= good)
-    return Solution(*_Regression(x).fit(y, relu, ridge, start, at), ridge, wrong)
+    channels = channel_errors(x[held], test, at, relu)
+    return Solution(*_Regression(x).fit(y, relu, ridge, start, at), ridge, wrong, channels)
 
 
 def directions(covariance: Doubles, need: Doubles, count: int, relu: bool) -> Doubles:
