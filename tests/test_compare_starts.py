@@ -47,6 +47,7 @@ def plot(*arguments):
 
 def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
     options = ("--starts", "inherit,lsq-distil-images", "--rates", "0.001,0.01", "--scores", "2")
+    options += ("--momentum2", "0.9")
     lines, said = compare(tiny_net, tmp_path, *options)
     assert len(lines) == 6
     for start in ("inherit", "lsq-distil-images"):
@@ -61,6 +62,10 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
         (home,) = (tmp_path / "work").glob(f"{start}-3-*-test")
         scores = 2 if "distil" in start else 4
         assert tested["job"]["scores"] == scores == tiny.journal(home)[0]["options"]["scores"]
+        adam = (
+            f"momentum2: {tested['job']['momentum2']:g}\n" in (home / "original/solver.prototxt").read_text()
+        )
+        assert (tested["job"]["momentum2"], adam) == ((0.9, True) if "distil" in start else (0.999, False))
     again, _ = compare(tiny_net, tmp_path, *options)
     assert again == lines  # nothing is done twice
     picture = tmp_path / "starts.png"
@@ -70,7 +75,7 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
     ends = {line["job"]["start"]: line for line in lines if not line["job"]["held_out"]}
     assert table[0] == "| start | base_lr | 3 |"
     assert sorted(table[2:]) == sorted(
-        f"| {start}{', scores 2' * ('distil' in start)} | {end['job']['rate']:g} "
+        f"| {start}{', scores 2, momentum2 0.9' * ('distil' in start)} | {end['job']['rate']:g} "
         f"| {100 * end['final']['top1']:.2f} |"
         for start, end in ends.items()
     )
@@ -82,7 +87,7 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
     assert done.stderr == f"error: {tmp_path}/starts.jsonl: no run of 2 iterations to draw\n"
 
 
-@pytest.mark.parametrize(("start", "init", "factor"), [("lsq", "lsq", 1), ("scaled", "inherit", 4)])
+@pytest.mark.parametrize(("start", "init", "factor"), [("lsq", "lsq", 4), ("scaled", "inherit", 4)])
 def test_on_torch_starts_are_fitted_to_images_they_learn_from(tiny_net, tmp_path, start, init, factor):
     """And what was fitted learns more slowly than noise, which takes ten times the rate."""
     pytest.importorskip("torch")

@@ -20,6 +20,7 @@ from rebirth_caffe.engines.caffe import CaffeEngine
 from rebirth_caffe.engines.training import CaffeTrainer
 from rebirth_caffe.errors import RebirthError
 from rebirth_caffe.fit import fit
+from rebirth_caffe.init import least_squares
 from rebirth_caffe.init.fill import generator
 from rebirth_caffe.init.rescale import MOST, scales
 from rebirth_caffe.retrain import Options, retrain
@@ -99,11 +100,13 @@ def test_every_layer_of_a_googlenet_is_fitted(images, by_caffe, tmp_path):
     original = inception()
     inherited, reborn, found = fitted(original, images, by_caffe)
     assert [one.layer for one in found] == [f"{n}/rebirth" for n in ("a", "3x3_reduce", "5x5", "3x3")]
-    assert all(one.after < 0.9 for one in found)
-    assert all(one.after < one.before for one in found if one.before is not None)
+    assert all(0 < one.least < 0.9 for one in found)
+    # The fit is close; what it cannot tell is inherited, which in a net of noise is far off.
+    own = [one for one in found if one.before is not None]
+    assert all(one.least < one.after < one.before and one.least < 0.7 * one.before for one in own)
     wanted = output(original, by_caffe, tmp_path, "fc")
     errors = [np.abs(output(net, by_caffe, tmp_path, "fc") - wanted).mean() for net in (inherited, reborn)]
-    assert errors[1] < 0.7 * errors[0]
+    assert errors[1] < 0.9 * errors[0]
     made = {one.layer for one in found}
     for before, after in zip(inherited.layers, reborn.layers, strict=True):  # the others are as they were
         assert after is before or after.name in made
@@ -229,6 +232,24 @@ def test_the_factor_is_that_of_least_squares_through_the_origin():
     assert found[4] < 0.5 * y[:, 4].mean() / p[:, 4].mean()
 
 
+def test_what_the_fit_cannot_tell_is_inherited():
+    """Channel by channel: the fit where x tells, the kernel there was, scaled, where it does not."""
+    random = np.random.default_rng(0)
+    x = random.normal(0, 1, (6000, 8)).astype("f4")
+    weight, inherited = random.normal(0, 1, (2, 3, 8))
+    y = (x @ weight.T).astype("f4")
+    y[:, 1] = random.normal(0, 1, 6000)
+    y[:, 2] += random.normal(0, y[:, 2].std(), 6000)  # an error of 0.71
+    held, none = np.arange(6000) % 5 == 4, np.zeros(3)
+    best = least_squares.fit(x, y, held, False, inherited)
+    found, bias = module._mixed(best, (inherited, none), x[~held], y[~held], False)
+    scale = scales(x[~held] @ inherited.T.astype("f4"), y[~held])[:, None]
+    assert np.allclose(found[0], weight[0], atol=0.01)
+    assert np.allclose(found[1], (scale * inherited)[1], atol=0.02)
+    assert np.allclose(found[2], (0.29 * best.weight + 0.71 * scale * inherited)[2], atol=0.02)
+    assert np.abs(bias).max() < 0.05
+
+
 def test_images_of_another_size_are_refused(images, by_caffe):
     body = [conv("a", "data", 6, 3), relu("r", "a"), lrn("n", "a"), fc("fc", "n")]
     original = with_weights(build(*body, size=(1, 1, 29, 29)))
@@ -311,7 +332,7 @@ def test_every_training_step_starts_from_a_fit_to_the_net_before_it(trained, caf
     home = tiny.reborn(trained, tmp_path / "home", iterations=2, init="lsq")
     settings = json.loads((home / "original/settings.json").read_text())
     assert (settings["calibration"], settings["images"]) == (str(trained / "train.lmdb"), 1024)
-    assert "lr_mult: 10" not in (home / "stages/01-conv1/train_val.prototxt").read_text()
+    assert "lr_mult: 4" in (home / "stages/01-conv1/train_val.prototxt").read_text()
     notes: list[str] = []
 
     def tell(what, details):
@@ -320,7 +341,7 @@ def test_every_training_step_starts_from_a_fit_to_the_net_before_it(trained, caf
 
     outcome = retrain(home, Options(iterations=2), CaffeTrainer(caffe), tell)
     assert outcome is not None
-    assert "lr_mult: 10" not in (home / "retrain/01-conv1/train_val.prototxt").read_text()
+    assert "lr_mult: 4" in (home / "retrain/01-conv1/train_val.prototxt").read_text()
     assert [note.partition(" 0.")[0] for note in notes] == [
         f"conv{i}: conv{i}/rebirth: relative error" for i in (1, 2)
     ]
