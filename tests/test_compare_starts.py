@@ -46,9 +46,9 @@ def plot(*arguments):
 
 
 def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
-    options = ("--starts", "inherit,lsq-distil-images", "--rates", "0.001,0.01", "--scores", "2")
-    options += ("--momentum2", "0.9")
-    lines, said = compare(tiny_net, tmp_path, *options)
+    options = ("--starts", "inherit,lsq-distil-images", "--rates", "0.001,0.01")
+    taught = ("--scores", "2", "--momentum2", "0.9")
+    lines, said = compare(tiny_net, tmp_path, *options, *taught)
     assert len(lines) == 6
     for start in ("inherit", "lsq-distil-images"):
         mine = [line for line in lines if line["job"]["start"] == start]
@@ -66,7 +66,7 @@ def test_the_best_rate_of_a_start_is_chosen_and_tested(tiny_net, tmp_path):
             f"momentum2: {tested['job']['momentum2']:g}\n" in (home / "original/solver.prototxt").read_text()
         )
         assert (tested["job"]["momentum2"], adam) == ((0.9, True) if "distil" in start else (0.999, False))
-    again, _ = compare(tiny_net, tmp_path, *options)
+    again, _ = compare(tiny_net, tmp_path, *options, *taught)
     assert again == lines  # nothing is done twice
     picture = tmp_path / "starts.png"
     done = plot(tmp_path / "starts.jsonl", picture)
