@@ -45,6 +45,17 @@ def above_zero(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """An argument that is a number between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a fraction between 0 and 1, like 0.1")
+    return value
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """An argument that is one or more finite numbers between commas."""
     try:

@@ -102,9 +102,16 @@ def test_on_torch_starts_are_fitted_to_images_they_learn_from(tiny_net, tmp_path
     assert line["curve"][0]["top1"] > 0.2  # of ten classes, before it has learned anything
 
 
-def test_an_unknown_start_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        (("--starts", "lsq,best"), "'best' is none of xavier, inherit, scaled, lsq, "),
+        (("--momentum2", "1"), "'1' is not a fraction between 0 and 1"),
+    ],
+)
+def test_what_is_none_is_refused(tmp_path, option, complaint):
     done = subprocess.run(
-        [sys.executable, TOOL, tmp_path, "--starts", "lsq,best"], capture_output=True, text=True, check=False
+        [sys.executable, TOOL, tmp_path, *option], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "'best' is none of xavier, inherit, scaled, lsq, " in done.stderr
+    assert complaint in done.stderr

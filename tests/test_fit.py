@@ -15,6 +15,7 @@ from rebirth_caffe import params
 from rebirth_caffe import plan as plans
 from rebirth_caffe.calibration import Calibration, Start
 from rebirth_caffe.data import write_lmdb
+from rebirth_caffe.derive import deploy
 from rebirth_caffe.engines import get_engine
 from rebirth_caffe.engines.caffe import CaffeEngine
 from rebirth_caffe.engines.training import CaffeTrainer
@@ -253,6 +254,35 @@ def test_what_the_fit_cannot_tell_is_inherited():
     alone = least_squares.fit(x, y[:, :1], held, False, inherited[:1])  # nothing is left to inherit
     exact, _ = module._mixed(alone, (inherited[:1], none[:1]), x[~held], y[~held, :1], False)
     assert np.allclose(exact, weight[:1], atol=0.02)
+
+
+def test_channels_of_a_trained_net_stay_as_unlike_each_other_as_they_were(
+    trained, by_caffe, tmp_path, monkeypatch
+):
+    """Of the closest fit alone they are alike: their outputs lie in fewer directions than the original's."""
+    original, crops = tiny.learned(trained), replace(TRANSFORM, crop=24)
+    (images,) = (x for x, _ in Calibration(str(trained / "test.lmdb"), 100, crops).batches((1, 24, 24), 100))
+    plan = plans.propose(original).plan
+    inherited = plans.apply(original, plan)
+    start = Start("lsq", 0, Calibration(str(trained / "train.lmdb"), 330, crops))
+    nets = {"original": original, "mixed": fit(original, inherited, plan, start, by_caffe)[0]}
+    monkeypatch.setattr(module, "_mixed", lambda best, *_: (best.weight, best.bias))
+    nets["closest"] = fit(original, inherited, plan, start, by_caffe)[0]
+
+    def directions(net, blob):
+        """How many there are, by the eigenvalues' participation ratio."""
+        paths = tmp_path / "net.prototxt", tmp_path / "net.caffemodel"
+        deploy(net).write(paths[0])
+        net.write_weights(paths[1])
+        with by_caffe.open(*paths) as session:
+            given = [session.forward({"data": image[None]}, [blob])[blob][0] for image in images]
+        eigenvalues = np.linalg.eigvalsh(np.cov(np.concatenate([x.reshape(len(x), -1) for x in given], 1)))
+        return eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+
+    for blob in ("norm1", "pool2"):
+        found = {name: directions(net, blob) for name, net in nets.items()}
+        assert found["closest"] < 0.9 * found["original"]
+        assert abs(found["original"] - found["mixed"]) < 0.8 * (found["original"] - found["closest"])
 
 
 def test_images_of_another_size_are_refused(images, by_caffe):

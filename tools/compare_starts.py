@@ -101,7 +101,7 @@ def parse_args() -> argparse.Namespace:
                    help="of retrain.py, where the original is learned from (default: yes)")  # fmt: skip
     p.add_argument("--scores", metavar="WEIGHT", type=cli.above_zero, default=SCORES,
                    help=f"of retrain.py, where the original teaches (default: {SCORES:g})")  # fmt: skip
-    p.add_argument("--momentum2", metavar="M", type=cli.above_zero, default=MOMENTUM2,
+    p.add_argument("--momentum2", metavar="M", type=cli.fraction, default=MOMENTUM2,
                    help=f"of Adam, where the original teaches (default: {MOMENTUM2:g})")  # fmt: skip
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
     engine_options(p)

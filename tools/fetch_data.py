@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
                    "train/<class>/ and test/<class>/")  # fmt: skip
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("data"), help="default: data/")
     p.add_argument(
-        "--hold-out", metavar="FRACTION", type=_fraction, default=0.0, help="of the training images"
+        "--hold-out", metavar="FRACTION", type=cli.fraction, default=0.0, help="of the training images"
     )
     p.add_argument("--pad", metavar="N", type=cli.whole, default=0,
                    help="mirror N pixels out of each side, and add _padN to the names")  # fmt: skip
@@ -48,15 +48,6 @@ def parse_args() -> argparse.Namespace:
     if args.set == "cifar10" and args.src is None:
         p.error("cifar10 needs SRC, a folder or tar archive with train/<class>/ and test/<class>/")
     return args
-
-
-def _fraction(text: str) -> float:
-    try:
-        if 0 < float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"'{text}' is not a fraction between 0 and 1, like 0.1")
 
 
 def main() -> None:

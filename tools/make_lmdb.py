@@ -52,19 +52,12 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _fraction(text: str) -> float:
-    try:
-        fraction = float(text)
-    except ValueError:
-        fraction = 0
-    if not 0 < fraction < 1:
-        cli.fail(f"--hold-out: '{text}' is not a fraction between 0 and 1, like 0.1")
-    return fraction
-
-
 def main() -> None:
     args = parse_args()
-    fraction = _fraction(args.hold_out[0]) if args.hold_out else 0.0
+    try:
+        fraction = cli.fraction(args.hold_out[0]) if args.hold_out else 0.0
+    except argparse.ArgumentTypeError as error:
+        cli.fail(f"--hold-out: {error}")
     if args.mix and args.hold_out:
         cli.fail("--mix: makes one database, of all images; hold out some first, then mix the database left")
 
