@@ -16,8 +16,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -33,7 +34,7 @@ from .errors import RebirthError
 from .evaluate import batch_size
 from .init import least_squares, rescale
 from .init.fill import generator
-from .init.least_squares import Doubles, Floats, Moments
+from .init.least_squares import Doubles, Floats, Moments, Weights
 from .init.reborn import group_of, stored, weight_and_bias
 from .merge import IN, OUT, TENSOR, Merge, Spec
 from .net import TEST, Layer, Net, Value, View
@@ -61,16 +62,36 @@ def fit(
     engine: Engine,
     threads: int = 1,
     tell: Tell = lambda done, total: None,
+    mix: bool = True,
 ) -> tuple[Net, list[Fitted]]:
     """``reborn``, which ``plan`` made of ``net``, with its reborn layers fitted, and what came of each.
 
-    ``tell`` hears how many images of how many have been seen. Raises RebirthError, also for a net without
-    weights, and EngineError.
+    ``mix``: keep of what was inherited what a fit cannot tell, for a training to go on from; else the closest
+    fits are taken as they are, which say what a merge loses. ``tell`` hears how many images of how many have
+    been seen. Raises RebirthError, also for a net without weights, and EngineError.
     """
     if start.calibration is None:
         return reborn, []
-    work = _Fit(start.calibration, start, engine, threads, tell)
+    work = _Fit(start.calibration, start, engine, threads, tell, mix)
     return work.all(net, reborn, plan)
+
+
+def output_errors(
+    net: Net,
+    reborn: Net,
+    plan: Plan,
+    calibration: Calibration,
+    engine: Engine,
+    threads: int = 1,
+    tell: Tell = lambda done, total: None,
+) -> dict[str, float]:
+    """How far off the blobs are that the merges of ``plan`` give in ``reborn``, by the merges' ids.
+
+    The relative error over the calibration images (see ``init.least_squares.error``), with all that the
+    merges below have changed in it. A blob that the original has not, or in another size, is left out.
+    """
+    work = _Fit(calibration, Start(calibration=calibration), engine, threads, tell)
+    return work.output_errors(net, reborn, plan)
 
 
 class _Side:
@@ -93,10 +114,20 @@ class _Side:
             )
         self.input = inputs[0].name
 
+    def same(self, other: _Side, name: str) -> bool:
+        """Whether a blob has one shape in both."""
+        return self.shapes.get(name) == other.shapes.get(name)
+
     def part(self, blobs: Sequence[str]) -> Net:
         """The layers that make these blobs."""
         needed = feeding(self.view, [self.values[name] for name in blobs])
         return self.net.replace(lambda layer: [layer] if layer in needed or layer.type == "Input" else [])
+
+
+def _original(net: Net, plan: Plan) -> _Side:
+    """The original of what ``plan`` makes of ``net``: with its exact merges, which compute the same, since
+    the others are made after the layers that those leave."""
+    return _Side(deploy(plans.apply(net, plan.only(()))))
 
 
 @dataclass(frozen=True)
@@ -117,15 +148,21 @@ class _Fit:
     """The fit of one net."""
 
     def __init__(
-        self, calibration: Calibration, start: Start, engine: Engine, threads: int, tell: Tell
+        self,
+        calibration: Calibration,
+        start: Start,
+        engine: Engine,
+        threads: int,
+        tell: Tell,
+        mix: bool = True,
     ) -> None:
         self.calibration, self.seed, self.lsq = calibration, start.seed, start.init == "lsq"
         self.engine, self.threads, self.tell = engine, threads, tell
+        self.fitted = partial(_fitted, mix=mix) if self.lsq else _rescaled
 
     def all(self, before: Net, after: Net, plan: Plan) -> tuple[Net, list[Fitted]]:
         """``after`` with fitted layers."""
-        # Merges are made after the layers that the exact ones leave; those compute the same.
-        old, student = _Side(deploy(plans.apply(before, plan.only(())))), deploy(after)
+        old, student = _original(before, plan), deploy(after)
         bare = next((x for x, s in all_param_shapes(old.net).items() if s and not x.blobs), None)
         if bare is not None:
             raise RebirthError(
@@ -145,12 +182,36 @@ class _Fit:
             rows = self._rows(level, wanted, number, len(levels)) if wanted else {}
             for name, target in targets.items():
                 if isinstance(target, _Target):
-                    made_of = _fitted if self.lsq else _rescaled
-                    fitted, made[name] = made_of(merge, level.new.net.layer(name), target, *rows[name])
+                    fitted, made[name] = self.fitted(merge, level.new.net.layer(name), target, *rows[name])
                 else:
                     fitted = Fitted(merge.id, name, note=target)
                 found.append(fitted)
         return after.with_blobs(made), found
+
+    def output_errors(self, before: Net, after: Net, plan: Plan) -> dict[str, float]:
+        """See the function."""
+        old, new = _original(before, plan), _Side(deploy(after))
+        outs = {merge.id: _Level(old, new, merge).out() for merge in plan.active if not merge.exact}
+        outs = {merge: blob for merge, blob in outs.items() if blob in old.shapes and new.same(old, blob)}
+        blobs = list(dict.fromkeys(outs.values()))
+        if not blobs:
+            return {}
+        wrong, count = dict.fromkeys(blobs, 0.0), 0
+        sums = {blob: np.zeros((2, old.shapes[blob][1])) for blob in blobs}  # of the values, of their squares
+        with self._both(old, blobs, new, blobs) as batches:
+            for (images, total), (found, wanted) in batches:
+                count += len(images)
+                for blob in blobs:
+                    y = wanted[blob].astype(np.float64).reshape(len(images), sums[blob].shape[1], -1)
+                    wrong[blob] += float(np.square(found[blob].reshape(y.shape) - y).sum())
+                    sums[blob] += y.sum(axis=(0, 2)), np.square(y).sum(axis=(0, 2))
+                self.tell(count, total)
+        errors = {}
+        for blob, (values, squares) in sums.items():
+            each = count * math.prod(old.shapes[blob][2:])  # of a channel
+            spread = float((squares - np.square(values) / each).sum())
+            errors[blob] = math.sqrt(wrong[blob] / (spread if spread > 0 else each * len(values)))
+        return {merge: errors[blob] for merge, blob in outs.items()}
 
     def _rows(
         self, level: _Level, targets: Mapping[str, _Target], number: int, of: int
@@ -161,16 +222,9 @@ class _Fit:
         gives = list(dict.fromkeys(blob for target in targets.values() for blob, _ in target.channels))
         randoms = {name: generator(self.seed, name) for name in targets}
         rows: dict[str, list[tuple[Floats, Floats, Flags]]] = {name: [] for name in targets}
-        with ExitStack() as stack:
-            size = min(batch_size(level.old.net), self.calibration.images)
-            old, new = (
-                stack.enter_context(self._running(side, blobs, size))
-                for side, blobs in ((level.old, gives), (level.new, reads))
-            )
-            shape = level.old.shapes[level.old.input][1:]
-            batches = self.calibration.batches((shape[0], shape[1], shape[2]), size)
-            seen, first, alike = 0, None, True
-            for (images, total), (given, wanted) in stack.enter_context(_computing((new, old), batches)):
+        seen, first, alike = 0, None, True
+        with self._both(level.old, gives, level.new, reads) as batches:
+            for (images, total), (given, wanted) in batches:
                 first = images[0].copy() if first is None else first
                 alike = alike and bool((images == first).all())
                 for name, target in targets.items():
@@ -181,11 +235,26 @@ class _Fit:
                     rows[name].append(_some(layers[name], x, y, seen, total, randoms[name]))
                 seen += len(images)
                 self.tell(number * total + seen, of * total)
-            if alike:
-                raise RebirthError(
-                    f"{self.calibration.source}: its {seen} images are one and the same; give others"
-                )
+        if alike:
+            raise RebirthError(
+                f"{self.calibration.source}: its {seen} images are one and the same; give others"
+            )
         return {name: tuple(map(np.concatenate, zip(*some, strict=True))) for name, some in rows.items()}  # type: ignore[misc]
+
+    @contextmanager
+    def _both(
+        self, old: _Side, wanted: Sequence[str], new: _Side, found: Sequence[str]
+    ) -> Iterator[Iterator[tuple[Batch, Found]]]:
+        """Each batch of images, with the blobs ``found`` of the new net and those ``wanted`` of the old."""
+        size = min(batch_size(old.net), self.calibration.images)
+        shape = old.shapes[old.input][1:]
+        batches = self.calibration.batches((shape[0], shape[1], shape[2]), size)
+        with (
+            self._running(old, wanted, size) as one,
+            self._running(new, found, size) as other,
+            _computing((other, one), batches) as computed,
+        ):
+            yield computed
 
     @contextmanager
     def _running(self, side: _Side, blobs: Sequence[str], size: int) -> Iterator[Forward]:
@@ -251,11 +320,11 @@ class _Level:
         weight, _ = weight_and_bias(layer)
         if weight[0].size > MOST_INPUTS:
             return f"reads {weight[0].size:,} values, too many to fit: as inherited"
-        out = self._out()
+        out = self.out()
         value, relu, first = self.new.view.tops[layer][0], False, 0
         while True:
             readers = value.readers
-            if value.name == out and value is self.new.values[out] and self._same_size(out, value):
+            if value.name == out and value is self.new.values[out] and self.new.same(self.old, out):
                 return _Target(((out, slice(first, first + len(weight))),), relu)
             if len(readers) != 1:
                 break
@@ -271,15 +340,12 @@ class _Level:
             value = self.new.view.tops[reader][0]
         return "what it should put out is not in the original: as inherited"
 
-    def _out(self) -> str:
+    def out(self) -> str:
         """The blob the merge gives; "" where another merge has changed it."""
         last = next((spec for spec in reversed(self.merge.becomes) if OUT in spec.top), None)
         if last is None or last.name not in self.new.names:
             return ""
         return self.new.net.layer(last.name).top[last.top.index(OUT)]
-
-    def _same_size(self, name: str, value: Value) -> bool:
-        return self.old.shapes.get(name) == self.new.shapes[value.name]
 
     def _inside(self, spec: Spec, value: Value, relu: bool) -> _Target | str:
         """The target of a layer that another reborn layer reads."""
@@ -322,33 +388,37 @@ class _Level:
 
 
 def _fitted(
-    merge: Merge, layer: Layer, target: _Target, x: Floats, y: Floats, held: Flags
+    merge: Merge, layer: Layer, target: _Target, x: Floats, y: Floats, held: Flags, mix: bool
 ) -> tuple[Fitted, list[Array]]:
     """What came of a layer, and its blobs."""
     weight, bias = weight_and_bias(layer)
     start: Doubles = weight.reshape(len(weight), -1).astype(np.float64)
     if target.need is not None and target.kernels is not None:
         covariance = Moments(y.shape[1]).add(y).covariance
-        mix = least_squares.directions(covariance, target.need, len(weight), target.relu)
-        y, start = y @ mix.astype(np.float32), mix.T @ target.kernels
-    pieces: list[least_squares.Weights] = []
+        chosen = least_squares.directions(covariance, target.need, len(weight), target.relu)
+        y, start = y @ chosen.astype(np.float32), chosen.T @ target.kernels
+    pieces: list[Weights] = []
     errors: list[tuple[float, float, float]] = []
     ridges: list[float] = []
+    worse = False
     for mine, wanted, own, shift in _groups(layer, x, y, start, bias):
         best = least_squares.fit(mine, wanted, held, target.relu, own)
         ridges.append(best.ridge)
-        # The channels of a reducer that lost some are chosen, not inherited.
-        made = best.weight, best.bias
-        if target.need is None:
-            made = _mixed(best, (own, shift), mine[~held], wanted[~held], target.relu)
+        made, tried = best.weights, best.tried
+        inherited = own, shift
+        before = least_squares.error(mine[held], wanted[held], inherited, target.relu)
+        if mix and target.need is None:  # the channels of a reducer that lost some are not inherited
+            given = least_squares.outputs(mine[~held], inherited, target.relu)
+            scaled = _scaled(inherited, rescale.scales(given, wanted[~held]))
+            made, tried = (_mixed(weights, scaled, best.channels) for weights in (made, tried))
+        after = least_squares.error(mine[held], wanted[held], tried, target.relu)
+        if target.need is None and after > before:
+            made, after, worse = inherited, before, True
         pieces.append(made)
-        before, after = (
-            least_squares.error(mine[held], wanted[held], w, target.relu) for w in ((own, shift), made)
-        )
         errors.append((before, after, best.error))
     found = np.concatenate([piece for piece, _ in pieces]).reshape(weight.shape).astype(np.float32)
     moved = np.concatenate([piece for _, piece in pieces]).astype(np.float32)
-    notes = []
+    notes = ["no fit is better than what is inherited"] if worse else []
     dead = int((y.max(axis=0) <= 0).sum()) if target.relu else 0
     if dead:
         notes.append(f"{dead} of {len(found)} channels never active in the original")
@@ -370,10 +440,8 @@ def _fitted(
     return fitted, stored(layer, found, moved)
 
 
-def _mixed(
-    best: least_squares.Solution, inherited: least_squares.Weights, x: Floats, y: Floats, relu: bool
-) -> least_squares.Weights:
-    """The best fit with as much of what was inherited, scaled to ``y``, as the fit cannot tell; of a channel
+def _mixed(fitted: Weights, scaled: Weights, error: Doubles) -> Weights:
+    """A fit with as much of what was inherited, scaled to the target by s, as it cannot tell; of a channel
 
         w = (1 - e) w_fit + e s w_inherited,    e: the fit's relative error on rows held out
 
@@ -381,11 +449,14 @@ def _mixed(
     than the original's; the layers above, and a training, need the detail that was lost, which the inherited
     kernels have, if not where it belongs (docs/RESULTS.md). A fit without error stays as it is.
     """
-    share = np.minimum(best.channels, 1)
-    factor = rescale.scales(least_squares.outputs(x, inherited, relu), y)
-    own, shift = inherited
-    weight = (1 - share)[:, None] * best.weight + (share * factor)[:, None] * own
-    return weight, (1 - share) * best.bias + share * factor * shift
+    share = np.minimum(error, 1)
+    (weight, shift), (weight_too, shift_too) = _scaled(fitted, 1 - share), _scaled(scaled, share)
+    return weight + weight_too, shift + shift_too
+
+
+def _scaled(weights: Weights, factors: Doubles) -> Weights:
+    """Each channel times its factor."""
+    return weights[0] * factors[:, None], weights[1] * factors
 
 
 def _rescaled(
@@ -399,14 +470,14 @@ def _rescaled(
     for mine, wanted, own, shift in _groups(layer, x, y, flat, bias):
         given = least_squares.outputs(mine[~held], (own, shift), target.relu)
         factors.append(rescale.scales(given, wanted[~held]))
-        weights = (own, shift), (own * factors[-1][:, None], shift * factors[-1])
+        weights = (own, shift), _scaled((own, shift), factors[-1])
         before, after = (least_squares.error(mine[held], wanted[held], w, target.relu) for w in weights)
         errors.append((before, after))
     factor = np.concatenate(factors)
     before, after = np.mean(errors, axis=0)
     fitted = Fitted(merge.id, layer.name, float(before), float(after), note=f"scaled by {factor.mean():.2f}")
-    made = (flat * factor[:, None]).reshape(weight.shape).astype(np.float32)
-    return fitted, stored(layer, made, (bias * factor).astype(np.float32))
+    made, moved = _scaled((flat, bias.astype(np.float64)), factor)
+    return fitted, stored(layer, made.reshape(weight.shape).astype(np.float32), moved.astype(np.float32))
 
 
 def _groups(

@@ -31,6 +31,7 @@ from .rules import KERNELS
 from .solver import data_layer
 from .stages import FOLDERS, SENSITIVITY, Training, prepare
 from .stages import write as write_stages
+from .transform import Transform
 
 if TYPE_CHECKING:
     from .sensitivity import Sensitivity
@@ -58,6 +59,8 @@ class Result:
     caffe: str | None = None  # where the Caffe to verify it in is
     verified: Verified | None = None
     fitted: list[Fitted] = field(default_factory=list)  # where the layers started from images
+    errors: dict[str, float] = field(default_factory=dict)  # then, of what merges give, by id
+    images: Calibration | None = None  # those, or what the sensitivity was measured with
     sensitivity: list[Sensitivity] = field(default_factory=list)  # where it was asked for
 
     @property
@@ -85,11 +88,13 @@ class Result:
                     "absorbs": list(m.absorbs),
                     "becomes": [spec.name for spec in m.becomes if not spec.kept],
                     "stage": m.stage or None,
+                    **({"error": self.errors[m.id]} if m.id in self.errors else {}),
                 }
                 for m in self.merges
             ],
             "refused": [{"layers": list(r.layers), "reason": r.reason} for r in self.refused],
             **({"fitted": [asdict(fitted) for fitted in self.fitted]} if self.fitted else {}),
+            **({"sensitivity": [asdict(one) for one in self.sensitivity]} if self.sensitivity else {}),
             **({} if self.verified is None else {"verified": asdict(self.verified)}),
         }
 
@@ -343,11 +348,14 @@ def rebirth(
     start = Start(init, seed, images if fitting else None)
     reborn = plans.apply(net, proposal.plan, init, seed)
     fitted: list[Fitted] = []
+    errors: dict[str, float] = {}
     if start.calibration is not None:
         from .engines import any_engine
-        from .fit import fit
+        from .fit import fit, output_errors
 
-        reborn, fitted = fit(net, reborn, proposal.plan, start, any_engine(caffe), tell=tell)
+        engine, made = any_engine(caffe), proposal.plan
+        reborn, fitted = fit(net, reborn, made, start, engine, tell=tell)
+        errors = output_errors(net, reborn, made, start.calibration, engine, tell=tell)
     alone: list[Sensitivity] = []
     if sensitivity:
         from . import sensitivity as merges
@@ -379,19 +387,28 @@ def rebirth(
         caffe=caffe,
         start=start,
         fitted=fitted,
+        errors=errors,
+        images=images,
         sensitivity=alone,
     )
 
 
 def _images(net: Net, training: Training | None, given: Calibration | None) -> Calibration | None:
-    """The images to calibrate on."""
+    """The images to calibrate on. Raises RebirthError where they are to go in otherwise than the net's."""
     if given is None and training is not None:
         layer = data_layer(net, TRAIN)
         assert layer is not None
         given = Calibration(layer.param.data_param.source)
     if given is None or data_layer(net) is None:
         return given
-    return replace(given, transform=transform_of(net))
+    own = transform_of(net)
+    same = replace(own, mirror=False, mean_file=given.transform.mean_file)  # whose path may be another
+    if given.transform not in (Transform(), same):
+        raise RebirthError(
+            f"{net.path}: its Data layer says what is done to an image; leave out --mean-value, --scale and "
+            "the like"
+        )
+    return replace(given, transform=own)
 
 
 def _cost(c: Cost) -> dict[str, int]:

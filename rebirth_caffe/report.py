@@ -50,6 +50,7 @@ def show(result: Result, console: Console | None = None) -> None:
         section(*_exact(result.merges), *_left_out(result))
         section(*_refused(result))
         section(*_fitted(result))
+        section(*_errors(result))
         section(*_alone(result))
         section(_costs(result))
         section(*_notes(result))
@@ -210,15 +211,21 @@ def _fitted(result: Result) -> list[Table]:
         numbers = ["" if error is None else f"{error:.2f}" for error in (one.before, one.after, one.least)]
         ridge = "" if one.ridge is None else f"{one.ridge:g}"
         rows.append([one.merge, one.layer, *numbers, ridge, one.note])
-    columns = ["merge", "fitted", "error as inherited", "error now", "at least", "ridge", ""]
+    columns = ["merge", "fitted", "as inherited", "error now", "closest", "ridge", "note"]
     return [_table(columns, rows)] if rows else []
+
+
+def _errors(result: Result) -> list[Table]:
+    """How far off is what the merges give."""
+    rows = [[merge, f"{error:.2f}"] for merge, error in result.errors.items()]
+    return [_table(["merge", "error of what it gives, with all below it"], rows)] if rows else []
 
 
 def _alone(result: Result) -> list[Table]:
     """What each merge saves and loses by itself, the best bargain first."""
     rows = []
     for one in result.sensitivity:
-        error = "" if one.error is None else f"{one.error:.2f}"
+        error = "not known" if one.error is None else f"{one.error:.2f}"
         top1 = "" if one.top1 is None else f"{one.top1:.2%} of {one.before_top1:.2%}"
         saved = f"{one.saved_ms:+.2f} of {one.before_ms:.2f} ms"
         rows.append([one.merge, one.kernel, f"{one.reduce:g}", error, saved, top1])
@@ -263,8 +270,8 @@ def _notes(result: Result) -> list[str]:
         lines.append(f"weights in the fork's own fields, kept as they are: {_some(fields)}")
     if result.without_weights:
         lines.append(f"layers without weights, the file has none for them: {_some(result.without_weights)}")
-    if result.training is not None:
-        given = transform_of(result.original)
+    if result.training is not None or result.images is not None:
+        given = transform_of(result.original) if result.images is None else result.images.transform
         if given.mean_file is None and not given.mean_values and given.scale == 1:
             lines.append("images go in as they are, 0 to 255; else give the net's --mean-value and --scale")
     return lines

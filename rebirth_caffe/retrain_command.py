@@ -37,8 +37,9 @@ def parse_args() -> argparse.Namespace:
                    help="train a step longer, once, that ends further below the original's top-1, then have "
                    "it give up its most harmful merge (by sensitivity.json, or as measured now), then the "
                    "next, or roll it back (default: keep every step)")  # fmt: skip
-    p.add_argument("--segment", metavar="N", type=cli.positive, default=1000,
-                   help="iterations between snapshots (default: 1000)")  # fmt: skip
+    p.add_argument("--segment", metavar="N", type=cli.positive,
+                   help="iterations between snapshots, where with --distil the losses' weights shift "
+                   "(default: 1000; with --distil a twentieth of a step's, of 100 to 1000)")  # fmt: skip
     p.add_argument("--test-interval", metavar="N", type=cli.whole, default=0,
                    help="test on the way, too, where a step begins and where a segment ends at a multiple of "
                    "N iterations (default: only where a step ends)")  # fmt: skip
@@ -93,6 +94,14 @@ def trainer_for(args: argparse.Namespace) -> Iterator[Trainer | None]:
     yield CaffeTrainer(find_caffe(args.caffe))
 
 
+def segment_for(iterations: int, distil: str) -> int:
+    """How many iterations lie between two snapshots of a step of so many.
+
+    Learning from the original, the weights of its losses shift there: some twenty times.
+    """
+    return min(1000, max(100, iterations // 20)) if distil else 1000
+
+
 def _gpus(text: str) -> tuple[str, ...]:
     if not re.fullmatch(r"all|\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"'{text}' is not device numbers, like 0,1, nor all")
@@ -131,11 +140,12 @@ def _retrain(args: argparse.Namespace, trainer: Trainer) -> None:
         raise RebirthError("--normalise is for learning from the original; give --distil, too")
     if args.scores is not None and not distil:
         raise RebirthError("--scores is for learning from the original; give --distil, too")
+    iterations = args.iterations or made_for.iterations
     options = Options(
-        iterations=args.iterations or made_for.iterations,
+        iterations=iterations,
         final_iterations=args.final_iterations,
         max_drop=args.max_drop,
-        segment=args.segment,
+        segment=args.segment or segment_for(iterations, distil),
         threads=args.threads,
         gpus=args.gpu,
         engine=args.engine,

@@ -22,7 +22,7 @@ from .derive import deploy
 from .engines import Engine, running
 from .errors import RebirthError
 from .evaluate import evaluate_net, guesses, is_labelled
-from .fit import fit
+from .fit import fit, output_errors
 from .measure import time_in_turn
 from .merge import Merge
 from .net import Net
@@ -35,8 +35,8 @@ RUNS = 20
 
 @dataclass(frozen=True)
 class Alone:
-    """One merge alone: the largest relative error of its layers' closest fits (None where there is none),
-    milliseconds of one image before and after, and top-1."""
+    """One merge alone, fitted: the relative error of the blob it gives (None where the original has no such
+    blob), milliseconds of one image before and after, and top-1."""
 
     merge: str
     stage: str
@@ -132,11 +132,12 @@ def alone(
     net: Net, merge: Merge, plan: Plan, start: Start, engine: Engine, top1: Callable[[Net], float] | None
 ) -> Alone:
     """``merge`` alone, which ``plan`` makes (with those it builds upon); ``top1`` gives a net's accuracy."""
-    made, fitted = fit(net, plans.apply(net, plan, start.init, start.seed), plan, start, engine)
-    errors = [one.least for one in fitted if one.least is not None]
+    assert start.calibration is not None
+    made, _ = fit(net, plans.apply(net, plan, start.init, start.seed), plan, start, engine, mix=False)
+    error = output_errors(net, made, plan, start.calibration, engine).get(merge.id)
     before, after = _milliseconds([net, made], engine)
     accuracy = None if top1 is None else top1(made)
-    return Alone(merge.id, merge.stage, max(errors, default=None), before, after, accuracy)
+    return Alone(merge.id, merge.stage, error, before, after, accuracy)
 
 
 def read(path: Path) -> list[Sensitivity]:

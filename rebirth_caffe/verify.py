@@ -86,9 +86,12 @@ def _outputs(engine: Engine, net: Net) -> dict[str, Array]:
 
 
 def _difference(expected: dict[str, Array], found: dict[str, Array]) -> float:
-    """The largest relative difference. Raises RebirthError where it is too large."""
+    """The largest relative difference. Raises RebirthError where it is too large, or of nothing."""
+    shared = sorted(expected.keys() & found.keys())
+    if not shared:
+        raise RebirthError(f"none of its outputs would be left ({', '.join(expected)}); please report it")
     worst = 0.0
-    for blob in sorted(expected.keys() & found.keys()):
+    for blob in shared:
         scale = float(np.abs(expected[blob]).max(initial=0)) or 1.0
         difference = float(np.abs(expected[blob] - found[blob]).max(initial=0)) / scale
         if not difference <= LIMIT:  # nor is a NaN

@@ -1,6 +1,7 @@
 """Reborn layers fitted to the original on images, in real Caffe."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from rebirth_caffe.fit import fit
 from rebirth_caffe.init import least_squares
 from rebirth_caffe.init.fill import generator
 from rebirth_caffe.init.rescale import MOST, scales
+from rebirth_caffe.rebirth import rebirth
 from rebirth_caffe.retrain import Options, retrain
 from rebirth_caffe.transform import Transform
 from tests import tiny
@@ -77,11 +79,11 @@ def test_an_average_pool_is_found_exactly(images, by_caffe, tmp_path):
     assert np.abs(output(inherited, by_caffe, tmp_path, "p") - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
-def inception():
+def inception(reducer=16):
     """conv -> pool -> LRN, then four branches with a pool behind them, as in GoogLeNet."""
     branches = [
         [conv("1x1", "n", 8), relu("1x1_relu", "1x1")],
-        [conv("3x3_reduce", "n", 16), relu("3x3_reduce_relu", "3x3_reduce")],
+        [conv("3x3_reduce", "n", reducer), relu("3x3_reduce_relu", "3x3_reduce")],
         [conv("3x3", "3x3_reduce", 12, 3, "pad: 1"), relu("3x3_relu", "3x3")],
         [conv("5x5_reduce", "n", 4), relu("5x5_reduce_relu", "5x5_reduce")],
         [conv("5x5", "5x5_reduce", 6, 5, "pad: 2"), relu("5x5_relu", "5x5")],
@@ -143,6 +145,46 @@ def test_what_is_inherited_is_scaled_and_nothing_else(images, by_caffe, tmp_path
     assert errors[1] < errors[0]
 
 
+def test_what_a_merge_gives_is_compared_as_a_whole(images, by_caffe, tmp_path):
+    """The blobs of both nets, over all images; and smaller reducers lose more."""
+    original, calibration = inception(32), Calibration(str(images), 60, TRANSFORM)
+    found = []
+    for reduce in (0.25, 0.5):
+        plan = plans.propose(original, "keep", reduce).plan
+        start = Start("lsq", 0, calibration)
+        reborn, _ = fit(original, plans.apply(original, plan), plan, start, by_caffe, mix=False)
+        found.append(module.output_errors(original, reborn, plan, calibration, by_caffe))
+    assert set(found[0]) == {"a", "join"}
+    assert 1 > found[0]["join"] > 1.02 * found[1]["join"] > 0
+    assert found[0]["a"] == found[1]["a"]
+    (batch,) = (batch for batch, _ in calibration.batches(GREY[1:], 60))
+    blobs = {"a": "n", "join": "join"}
+    values = []
+    for net in (original, reborn):
+        net.write(tmp_path / "net.prototxt")
+        net.write_weights(tmp_path / "net.caffemodel")
+        with by_caffe.open(tmp_path / "net.prototxt", tmp_path / "net.caffemodel") as session:
+            given = [session.forward({"data": image[None]}, list(blobs.values())) for image in batch]
+        values.append({blob: np.concatenate([one[blob] for one in given]) for blob in blobs.values()})
+    for merge, blob in blobs.items():
+        y, p = (found[blob].astype(np.float64) for found in values)
+        spread = np.square(y - y.mean(axis=(0, 2, 3), keepdims=True)).sum()
+        assert found[1][merge] == pytest.approx(np.sqrt(np.square(p - y).sum() / spread), rel=1e-4)
+
+
+def test_a_fit_that_is_worse_than_what_is_inherited_is_not_taken(images, by_caffe):
+    """As of too few images: ten, of which two are held out, for 300 inputs."""
+    body = [conv("a", "data", 12, 3), relu("r", "a"), conv("b", "a", 6, 5), relu("s", "b")]
+    original = with_weights(build(*body, lrn("n", "b", "alpha: 1e-6"), fc("fc", "n"), size=GREY))
+    inherited, reborn, (one,) = fitted(original, images, by_caffe, count=10)
+    assert one.layer == "b/rebirth"
+    assert one.after == one.before
+    assert one.note.startswith("no fit is better than what is inherited")
+    for mine, other in zip(reborn.layers, inherited.layers, strict=True):
+        for blob, same in zip(mine.blobs, other.blobs, strict=True):
+            np.testing.assert_allclose(blob.array, same.array, rtol=1e-6)
+
+
 def test_opencv_does_as_well(images, by_caffe):
     original = inception()
     _, _, found = fitted(original, images, by_caffe)
@@ -154,9 +196,9 @@ def test_rows_are_bounded_whatever_the_number_of_images(images, by_caffe, monkey
     seen = []
     real = module._fitted
 
-    def watched(*arguments):
+    def watched(*arguments, **options):
         seen.append(arguments[3].shape)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(module, "_fitted", watched)
     monkeypatch.setattr(module, "ROWS", 600)
@@ -171,9 +213,9 @@ def test_of_more_images_than_rows_some_are_taken(images, by_caffe, monkeypatch):
     for name in ("_fitted", "_rescaled"):
         real = getattr(module, name)
 
-        def watched(*arguments, real=real):
+        def watched(*arguments, real=real, **options):
             taken.append((len(arguments[3]), arguments[5].sum()))
-            return real(*arguments)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(module, name, watched)
     monkeypatch.setattr(module, "ROWS", 25)
@@ -243,31 +285,31 @@ def test_what_the_fit_cannot_tell_is_inherited():
     y[:, 2] += random.normal(0, y[:, 2].std(), 6000)  # an error of 0.71
     held, none = np.arange(6000) % 5 == 4, np.zeros(3)
     best = least_squares.fit(x, y, held, False, inherited)
-    found, bias = module._mixed(best, (inherited, none), x[~held], y[~held], False)
-    scale = scales(x[~held] @ inherited.T.astype("f4"), y[~held])[:, None]
+    scaled = module._scaled((inherited, none), scales(x[~held] @ inherited.T.astype("f4"), y[~held]))
+    found, bias = module._mixed(best.weights, scaled, best.channels)
     told, noise, half = best.channels
     assert told < 0.3 < 0.6 < half < 0.9 < noise
-    assert np.allclose(found[0], (1 - told) * best.weight[0] + told * (scale * inherited)[0])
-    assert np.allclose(found[1], (scale * inherited)[1], atol=0.05)
-    assert np.allclose(found[2], (1 - half) * best.weight[2] + half * (scale * inherited)[2])
+    assert np.allclose(found[0], (1 - told) * best.weights[0][0] + told * scaled[0][0])
+    assert np.allclose(found[1], scaled[0][1], atol=0.05)
+    assert np.allclose(found[2], (1 - half) * best.weights[0][2] + half * scaled[0][2])
     assert np.abs(bias).max() < 0.05
     alone = least_squares.fit(x, y[:, :1], held, False, inherited[:1])  # nothing is left to inherit
-    exact, _ = module._mixed(alone, (inherited[:1], none[:1]), x[~held], y[~held, :1], False)
+    exact, _ = module._mixed(alone.weights, (inherited[:1], none[:1]), alone.channels)
     assert np.allclose(exact, weight[:1], atol=0.02)
 
 
-def test_channels_of_a_trained_net_stay_as_unlike_each_other_as_they_were(
-    trained, by_caffe, tmp_path, monkeypatch
-):
+def test_channels_of_a_trained_net_stay_as_unlike_each_other_as_they_were(trained, by_caffe, tmp_path):
     """Of the closest fit alone they are alike: their outputs lie in fewer directions than the original's."""
     original, crops = tiny.learned(trained), replace(TRANSFORM, crop=24)
     (images,) = (x for x, _ in Calibration(str(trained / "test.lmdb"), 100, crops).batches((1, 24, 24), 100))
     plan = plans.propose(original).plan
     inherited = plans.apply(original, plan)
     start = Start("lsq", 0, Calibration(str(trained / "train.lmdb"), 330, crops))
-    nets = {"original": original, "mixed": fit(original, inherited, plan, start, by_caffe)[0]}
-    monkeypatch.setattr(module, "_mixed", lambda best, *_: (best.weight, best.bias))
-    nets["closest"] = fit(original, inherited, plan, start, by_caffe)[0]
+    nets = {
+        "original": original,
+        "mixed": fit(original, inherited, plan, start, by_caffe)[0],
+        "closest": fit(original, inherited, plan, start, by_caffe, mix=False)[0],
+    }
 
     def directions(net, blob):
         """How many there are, by the eigenvalues' participation ratio."""
@@ -404,7 +446,23 @@ def test_the_command(images, tmp_path):
         "error: --calibration is for --init lsq and inherit, and for --sensitivity"
     )
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "error now" in done.stdout
-    report = json.loads((tmp_path / "out/report.json").read_text())["fitted"]
-    assert report[0]["layer"] == "a/rebirth"
-    assert all(0 < one["least"] < 1 for one in report)
+    assert re.search(r"merge +fitted +as inherited +error now +closest +ridge", done.stdout)
+    assert re.search(r"merge +error of what it gives, with all below it *\n", done.stdout)
+    assert "0 to 255" not in done.stdout
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["fitted"][0]["layer"] == "a/rebirth"
+    assert all(0 < one["least"] < 1 for one in report["fitted"])
+    assert {one["id"]: 0 < one["error"] < 2 for one in report["merges"]} == {"a": True, "join": True}
+    # As they are is seldom how a net was trained.
+    raw = [*command[:-4], "--dry-run", "--json", "--sensitivity", "--only", "a"]
+    done = subprocess.run([*command[:-4], "--dry-run"], capture_output=True, text=True, check=True)
+    assert "images go in as they are, 0 to 255; else give the net's --mean-value and --scale" in done.stdout
+    measured = json.loads(subprocess.run(raw, capture_output=True, text=True, check=True).stdout)
+    assert {one["merge"] for one in measured["sensitivity"]} >= {"a", "join"}
+
+
+def test_what_the_data_layer_says_is_not_overruled(trained):
+    images = Calibration(str(trained / "test.lmdb"), 40, Transform(mean_values=(3.0,)))
+    given = trained / "train_val.prototxt", trained / "original.caffemodel"
+    with pytest.raises(RebirthError, match="its Data layer says what is done to an image; leave out --mean-"):
+        rebirth(*given, init="lsq", calibration=images)

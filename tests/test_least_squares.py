@@ -25,7 +25,7 @@ def test_a_linear_map_is_found():
     y = (x @ weight.T + bias).astype("f4")
     found = fit(x, y, HELD, False, np.zeros_like(weight))
     assert found.error < 2e-3
-    assert np.abs(found.weight - weight).max() < 2e-2
+    assert np.abs(found.weights[0] - weight).max() < 2e-2
     assert found.ridge == min(least_squares.RIDGES)
 
 
@@ -37,7 +37,7 @@ def test_behind_a_relu_what_is_cut_is_not_held_against_it():
     turns = fit(x, y, HELD, True, start)
     plain = fit(x, y, HELD, False, start)
     assert 0.05 < (y > 0).mean() < 0.5
-    assert turns.error < 0.5 * error(x[HELD], y[HELD], (plain.weight, plain.bias), True)
+    assert turns.error < 0.5 * error(x[HELD], y[HELD], plain.weights, True)
 
 
 def test_moments_of_pieces_are_those_of_the_whole():
@@ -57,11 +57,11 @@ def test_what_the_rows_leave_open_stays_as_it_was(relu):
     y = np.maximum(x @ weight.T + bias, 0 if relu else -np.inf).astype("f4")
     start = RANDOM.normal(0, 1, weight.shape)
     found = fit(x, y, HELD, relu, start)
-    assert np.allclose(found.weight[:, 3], start[:, 3])
-    assert not np.allclose(found.weight[:, 4], start[:, 4], atol=0.1)
+    assert np.allclose(found.weights[0][:, 3], start[:, 3])
+    assert not np.allclose(found.weights[0][:, 4], start[:, 4], atol=0.1)
     alike = fit(np.repeat(x[:1], 20, 0), np.repeat(y[:1], 20, 0), HELD[:20], relu, start)
-    assert np.allclose(alike.weight, start)
-    assert np.allclose(np.maximum(x[0] @ start.T + alike.bias, 0 if relu else -np.inf), y[0], atol=1e-3)
+    assert np.allclose(alike.weights[0], start)
+    assert np.allclose(np.maximum(x[0] @ start.T + alike.weights[1], 0 if relu else -np.inf), y[0], atol=1e-3)
 
 
 def test_fewer_rows_than_inputs():
@@ -70,7 +70,7 @@ def test_fewer_rows_than_inputs():
     found = fit(x, y, HELD[:20], False, weight)  # the start is the answer, and the rows do not say otherwise
     assert found.error < 1e-3
     blind = fit(x, y, HELD[:20], False, np.zeros_like(weight))
-    assert np.isfinite(blind.weight).all()
+    assert np.isfinite(blind.weights[0]).all()
     assert blind.error > found.error
 
 
@@ -78,8 +78,8 @@ def test_channels_that_are_never_active_end_below_zero():
     x, weight, _ = rows(12, 7)
     nothing = np.zeros((6000, 7), "f4")
     found = fit(x, nothing, HELD, True, weight)
-    assert error(x, nothing, (found.weight, found.bias), True) < 0.1 * error(
-        x, nothing, (weight, 0 * found.bias), True
+    assert error(x, nothing, found.weights, True) < 0.1 * error(
+        x, nothing, (weight, 0 * found.weights[1]), True
     )
 
 

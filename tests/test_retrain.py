@@ -36,6 +36,7 @@ from rebirth_caffe.journal import Journal
 from rebirth_caffe.net import Net
 from rebirth_caffe.plan import Plan
 from rebirth_caffe.retrain import Options, retrain
+from rebirth_caffe.retrain_command import segment_for
 from rebirth_caffe.schema import caffe_pb2
 from tests import tiny
 
@@ -109,6 +110,11 @@ def same_end(home: Path, unkilled: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- killed
+
+
+def test_the_weights_of_the_losses_shift_some_twenty_times():
+    assert [segment_for(n, "labels") for n in (6, 300, 4000, 90_000)] == [100, 100, 200, 1000]
+    assert [segment_for(n, "") for n in (6, 300, 90_000)] == [1000] * 3
 
 
 class TestKilled:

@@ -52,6 +52,13 @@ def test_what_is_not_is_refused(gone, caffe):
         verify(original, plan)
 
 
+def test_nothing_to_compare_is_nothing_verified():
+    """As if no output of the original were left."""
+    one, other = {"a": np.ones(3, np.float32)}, {"b": np.ones(3, np.float32)}
+    with pytest.raises(RebirthError, match=r"none of its outputs would be left \(a\); please report it"):
+        verification._difference(one, other)
+
+
 def test_without_caffe_in_opencv(monkeypatch):
     monkeypatch.setattr(verification, "available_engines", lambda: ["opencv"])
     original = with_weights(net(*BODY))

@@ -58,14 +58,14 @@ def parse_args() -> argparse.Namespace:
                    "for a deploy net with --mean-value, --scale, --crop as it was trained")  # fmt: skip
     p.add_argument("--images", metavar="N", type=cli.positive, help="of them, to use (default: 1024)")
     p.add_argument("--sensitivity", action="store_true",
-                   help="measure, too, what each merge alone saves and loses, in every geometry (needs "
-                   "--calibration, which is for that alone then, and takes its time)")  # fmt: skip
+                   help="measure, too, what each merge alone saves and loses, in every geometry; takes "
+                   "images, as lsq, and minutes (inherit copies without scaling then)")  # fmt: skip
     p.add_argument("--seed", metavar="N", type=cli.whole, default=0, help="of everything random (default: 0)")
     p.add_argument("--image", metavar="CxHxW", type=_image,
                    help="what a Data layer reads, where its prototxt does not say: 3x32x32")  # fmt: skip
     p.add_argument("--proto", metavar="FORK.proto", help="the caffe.proto of the fork the net is for")
     p.add_argument("--caffe", metavar="PATH",
-                   help="a Caffe's directory or command, for --exact and --distil")  # fmt: skip
+                   help="a Caffe's directory or command, for all that runs a net")  # fmt: skip
     p.add_argument("--dry-run", action="store_true", help="show what would be done, write nothing")
     p.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     t = p.add_argument_group("training", "write what tools/retrain.py and caffe train need, too")
@@ -79,7 +79,8 @@ def parse_args() -> argparse.Namespace:
     t.add_argument("--crop", metavar="N", type=cli.positive, help="crop to N x N, at random in training")
     t.add_argument("--mirror", action=argparse.BooleanOptionalAction, help="mirror at random in training")
     t.add_argument("--batch", metavar="N", type=cli.positive, help="training batch (default 32)")
-    t.add_argument("--solver", metavar="TEMPLATE", type=Path, help="solver prototxt to use for every step")
+    t.add_argument("--solver", metavar="TEMPLATE", type=Path,
+                   help="solver prototxt for every step (default: SGD, with --distil Adam)")  # fmt: skip
     t.add_argument("--iterations", metavar="N", type=cli.positive,
                    help="of a step, in the solvers written (default: 90000)")  # fmt: skip
     cli.learning(t, "steps; joint with --distil", "no")

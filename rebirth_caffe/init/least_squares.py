@@ -35,12 +35,12 @@ CHUNK = 4096  # rows
 
 @dataclass(frozen=True)
 class Solution:
-    """A fitted layer: its weights, the ridge, and ``error`` on rows that were held out, in all and of each
-    channel."""
+    """A fitted layer: its ``weights`` from all rows and the ridge; ``tried``, the weights from all but the
+    rows held out, and their ``error`` on those, in all and of each channel."""
 
-    weight: Doubles
-    bias: Doubles
+    weights: Weights
     ridge: float
+    tried: Weights
     error: float
     channels: Doubles
 
@@ -165,7 +165,7 @@ def fit(x: Floats, y: Floats, held: NDArray[np.bool_], relu: bool, start: Double
     good = TOLERANCE * min(wrong for wrong, *_ in tried)
     wrong, ridge, at = next(one for one in tried if one[0] <= good)
     channels = channel_errors(x[held], test, at, relu)
-    return Solution(*_Regression(x).fit(y, relu, ridge, start, at), ridge, wrong, channels)
+    return Solution(_Regression(x).fit(y, relu, ridge, start, at), ridge, at, wrong, channels)
 
 
 def directions(covariance: Doubles, need: Doubles, count: int, relu: bool) -> Doubles:
