@@ -160,12 +160,13 @@ def _exact(merges: list[Merge]) -> list[str]:
     if folds:
         absorbed, into = sum(len(merge.absorbs) - 1 for merge in folds), len(folds)
         where = "below" if all(m.absorbs[0] == m.becomes[0].like for m in folds) else "beside"
-        lines.append(f"{absorbed} BatchNorm and Scale layers folded into the {into} layers {where} them")
+        what = f"{absorbed} BatchNorm, Scale and like layers"
+        lines.append(f"{what} folded into the {into} layers {where} them")
     for kind, done in (
         ("unused", "removed, because they make no difference"),
         ("drop", "Dropout removed"),
         ("compose", "two linear layers made one"),
-        ("reorder", "put behind what followed"),
+        ("reorder", "has changed places with what followed"),
         ("join", "convolutions on one blob made one"),
         ("stride", "stride of 1x1 convolutions pulled up from"),
     ):

@@ -84,7 +84,7 @@ def test_layers_keep_their_own_names():
     """Not those an exact merge before gave them."""
     said = text(rebirth(RESNET))
     assert "folded" not in said.replace("layers folded into the 53 layers below them", "")
-    assert "exact: 106 BatchNorm and Scale layers folded into the 53 layers below them" in said
+    assert "exact: 106 BatchNorm, Scale and like layers folded into the 53 layers below them" in said
 
 
 def test_nothing_to_retrain():
