@@ -505,9 +505,9 @@ class Net:
         """The whole file: an unchanged net gives exactly what was read."""
         return "".join(item if isinstance(item, str) else item.text for item in self.items)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path | str) -> None:
         """Write the prototxt."""
-        path.write_bytes(prototxt.encode(self.text()))
+        Path(path).write_bytes(prototxt.encode(self.text()))
 
     def edited(self, items: Iterable[Layer | str]) -> Net:
         """A net of other pieces under the same header."""
@@ -582,7 +582,7 @@ class Net:
         prototxt.to_message(layer.tree, message, layer.path)
         return message
 
-    def write_weights(self, path: Path) -> None:
+    def write_weights(self, path: Path | str) -> None:
         """Write the weights of every layer, in current storage; unchanged layers keep their bytes.
 
         A layer that should have weights and has none is left out: Caffe fills what a file does not name, and
@@ -597,7 +597,7 @@ class Net:
             record = layer.record or Record(layer.name, layer.type, [])
             if layer.name not in records or (record.blobs and not records[layer.name][1].blobs):
                 records[layer.name] = (self.message(layer).SerializePartialToString(), record)
-        caffemodel.write(path, caffe_pb2.NetParameter(name=self.name), records.values())
+        caffemodel.write(Path(path), caffe_pb2.NetParameter(name=self.name), records.values())
 
 
 def _check_names(net: Net, weights: caffemodel.Weights, path: Path | str, shadowed: set[Layer]) -> None:

@@ -287,7 +287,7 @@ def test_caffe_loads_new_blobs(files, in_caffe, tmp_path):
     for layer in net.layers:
         layer.record = Record(layer.name, layer.type, [Blob(a) for a in values(3).get(layer.name, [])])
     out, dump = tmp_path / "out.caffemodel", tmp_path / "dump.npz"
-    net.write_weights(out)
+    net.write_weights(str(out))
     in_caffe(DUMP, prototxt=str(files["net"]), weights=str(out), out=str(dump))
     assert same(from_npz(dump), values(3))
     assert {x.name: s for x, s in all_param_shapes(net).items() if s} == SHAPES
