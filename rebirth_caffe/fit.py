@@ -72,8 +72,8 @@ def fit(
     """
     if start.calibration is None:
         return reborn, []
-    work = _Fit(start.calibration, start, engine, threads, tell, mix)
-    return work.all(net, reborn, plan)
+    images = _Images(start.calibration, engine, threads)
+    return _Fit(images, start, tell, mix).all(net, reborn, plan)
 
 
 def output_errors(
@@ -90,8 +90,28 @@ def output_errors(
     The relative error over the calibration images (see ``init.least_squares.error``), with all that the
     merges below have changed in it. A blob that the original has not, or in another size, is left out.
     """
-    work = _Fit(calibration, Start(calibration=calibration), engine, threads, tell)
-    return work.output_errors(net, reborn, plan)
+    old, new = _original(net, plan), _Side(deploy(reborn))
+    outs = {merge.id: _Level(old, new, merge).out() for merge in plan.active if not merge.exact}
+    outs = {merge: blob for merge, blob in outs.items() if old.same(new, blob)}
+    blobs = list(dict.fromkeys(outs.values()))
+    if not blobs:
+        return {}
+    wrong, count = dict.fromkeys(blobs, 0.0), 0
+    sums = {blob: np.zeros((2, old.shapes[blob][1])) for blob in blobs}  # of the values, of their squares
+    with _Images(calibration, engine, threads).through(old, blobs, new, blobs) as batches:
+        for (images, total), (found, wanted) in batches:
+            count += len(images)
+            for blob in blobs:
+                y = wanted[blob].astype(np.float64).reshape(len(images), sums[blob].shape[1], -1)
+                wrong[blob] += float(np.square(found[blob].reshape(y.shape) - y).sum())
+                sums[blob] += y.sum(axis=(0, 2)), np.square(y).sum(axis=(0, 2))
+            tell(count, total)
+    errors = {}
+    for blob, (values, squares) in sums.items():
+        each = count * math.prod(old.shapes[blob][2:])  # of a channel
+        spread = float((squares - np.square(values) / each).sum())
+        errors[blob] = math.sqrt(wrong[blob] / (spread if spread > 0 else each * len(values)))
+    return {merge: errors[blob] for merge, blob in outs.items()}
 
 
 class _Side:
@@ -115,8 +135,8 @@ class _Side:
         self.input = inputs[0].name
 
     def same(self, other: _Side, name: str) -> bool:
-        """Whether a blob has one shape in both."""
-        return self.shapes.get(name) == other.shapes.get(name)
+        """Whether both have a blob, of one shape."""
+        return name in self.shapes and self.shapes[name] == other.shapes.get(name)
 
     def part(self, blobs: Sequence[str]) -> Net:
         """The layers that make these blobs."""
@@ -131,118 +151,15 @@ def _original(net: Net, plan: Plan) -> _Side:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """What a reborn layer should put out: channels of blobs of the original.
+class _Images:
+    """The calibration images, and what runs the two nets on them."""
 
-    Of a reducer that lost channels, ``need`` weighs the candidates (``least_squares.best_channels``) and
-    ``kernels`` are theirs in the original.
-    """
-
-    channels: tuple[tuple[str, slice], ...]
-    relu: bool
-    need: Doubles | None = None
-    kernels: Doubles | None = None
-
-
-class _Fit:
-    """The fit of one net."""
-
-    def __init__(
-        self,
-        calibration: Calibration,
-        start: Start,
-        engine: Engine,
-        threads: int,
-        tell: Tell,
-        mix: bool = True,
-    ) -> None:
-        self.calibration, self.seed, self.lsq = calibration, start.seed, start.init == "lsq"
-        self.engine, self.threads, self.tell = engine, threads, tell
-        self.fitted = partial(_fitted, mix=mix) if self.lsq else _rescaled
-
-    def all(self, before: Net, after: Net, plan: Plan) -> tuple[Net, list[Fitted]]:
-        """``after`` with fitted layers."""
-        old, student = _original(before, plan), deploy(after)
-        bare = next((x for x, s in all_param_shapes(old.net).items() if s and not x.blobs), None)
-        if bare is not None:
-            raise RebirthError(
-                f"{bare.where}: has no weights to learn from; give complete weights, or no --calibration"
-            )
-        names = {layer.name for layer in student.layers}
-        merges = [merge for merge in plan.active if not merge.exact]
-        levels = [(merge, specs) for merge in merges for specs in _levels(merge, names)]
-        made: dict[str, list[Array]] = {}
-        found: list[Fitted] = []
-        for number, (merge, specs) in enumerate(levels):
-            level = _Level(old, _Side(student.with_blobs(made)), merge)
-            targets = {spec.name: level.target(spec) for spec in specs}
-            if not self.lsq:  # the channels that a reducer has kept are as they were
-                targets = {n: t for n, t in targets.items() if isinstance(t, str) or t.need is None}
-            wanted = {name: target for name, target in targets.items() if isinstance(target, _Target)}
-            rows = self._rows(level, wanted, number, len(levels)) if wanted else {}
-            for name, target in targets.items():
-                if isinstance(target, _Target):
-                    fitted, made[name] = self.fitted(merge, level.new.net.layer(name), target, *rows[name])
-                else:
-                    fitted = Fitted(merge.id, name, note=target)
-                found.append(fitted)
-        return after.with_blobs(made), found
-
-    def output_errors(self, before: Net, after: Net, plan: Plan) -> dict[str, float]:
-        """See the function."""
-        old, new = _original(before, plan), _Side(deploy(after))
-        outs = {merge.id: _Level(old, new, merge).out() for merge in plan.active if not merge.exact}
-        outs = {merge: blob for merge, blob in outs.items() if blob in old.shapes and new.same(old, blob)}
-        blobs = list(dict.fromkeys(outs.values()))
-        if not blobs:
-            return {}
-        wrong, count = dict.fromkeys(blobs, 0.0), 0
-        sums = {blob: np.zeros((2, old.shapes[blob][1])) for blob in blobs}  # of the values, of their squares
-        with self._both(old, blobs, new, blobs) as batches:
-            for (images, total), (found, wanted) in batches:
-                count += len(images)
-                for blob in blobs:
-                    y = wanted[blob].astype(np.float64).reshape(len(images), sums[blob].shape[1], -1)
-                    wrong[blob] += float(np.square(found[blob].reshape(y.shape) - y).sum())
-                    sums[blob] += y.sum(axis=(0, 2)), np.square(y).sum(axis=(0, 2))
-                self.tell(count, total)
-        errors = {}
-        for blob, (values, squares) in sums.items():
-            each = count * math.prod(old.shapes[blob][2:])  # of a channel
-            spread = float((squares - np.square(values) / each).sum())
-            errors[blob] = math.sqrt(wrong[blob] / (spread if spread > 0 else each * len(values)))
-        return {merge: errors[blob] for merge, blob in outs.items()}
-
-    def _rows(
-        self, level: _Level, targets: Mapping[str, _Target], number: int, of: int
-    ) -> dict[str, tuple[Floats, Floats, Flags]]:
-        """For each layer rows of what it reads and of what it should give, and which of them are held out."""
-        layers = {name: level.new.net.layer(name) for name in targets}
-        reads = list(dict.fromkeys(layer.bottom[0] for layer in layers.values()))
-        gives = list(dict.fromkeys(blob for target in targets.values() for blob, _ in target.channels))
-        randoms = {name: generator(self.seed, name) for name in targets}
-        rows: dict[str, list[tuple[Floats, Floats, Flags]]] = {name: [] for name in targets}
-        seen, first, alike = 0, None, True
-        with self._both(level.old, gives, level.new, reads) as batches:
-            for (images, total), (given, wanted) in batches:
-                first = images[0].copy() if first is None else first
-                alike = alike and bool((images == first).all())
-                for name, target in targets.items():
-                    y = np.concatenate(
-                        [wanted[blob][:, channels] for blob, channels in target.channels], axis=1
-                    )
-                    x = given[layers[name].bottom[0]]
-                    rows[name].append(_some(layers[name], x, y, seen, total, randoms[name]))
-                seen += len(images)
-                self.tell(number * total + seen, of * total)
-        if alike:
-            raise RebirthError(
-                f"{self.calibration.source}: its {seen} images are one and the same; give others"
-            )
-        return {name: tuple(map(np.concatenate, zip(*some, strict=True))) for name, some in rows.items()}  # type: ignore[misc]
+    calibration: Calibration
+    engine: Engine
+    threads: int
 
     @contextmanager
-    def _both(
+    def through(
         self, old: _Side, wanted: Sequence[str], new: _Side, found: Sequence[str]
     ) -> Iterator[Iterator[tuple[Batch, Found]]]:
         """Each batch of images, with the blobs ``found`` of the new net and those ``wanted`` of the old."""
@@ -273,6 +190,85 @@ class _Fit:
                 return {side.input: images, **{name: blob[: len(images)] for name, blob in found.items()}}
 
             yield forward
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a reborn layer should put out: channels of blobs of the original.
+
+    Of a reducer that lost channels, ``need`` weighs the candidates (``least_squares.directions``) and
+    ``kernels`` are theirs in the original.
+    """
+
+    channels: tuple[tuple[str, slice], ...]
+    relu: bool
+    need: Doubles | None = None
+    kernels: Doubles | None = None
+
+
+class _Fit:
+    """The fit of one net."""
+
+    def __init__(self, images: _Images, start: Start, tell: Tell, mix: bool) -> None:
+        self.images, self.seed, self.tell = images, start.seed, tell
+        self.lsq = start.init == "lsq"
+        self.fitted = partial(_fitted, mix=mix) if self.lsq else _rescaled
+
+    def all(self, before: Net, after: Net, plan: Plan) -> tuple[Net, list[Fitted]]:
+        """``after`` with fitted layers."""
+        old, student = _original(before, plan), deploy(after)
+        bare = next((x for x, s in all_param_shapes(old.net).items() if s and not x.blobs), None)
+        if bare is not None:
+            raise RebirthError(
+                f"{bare.where}: has no weights to learn from; give complete weights, or no --calibration"
+            )
+        names = {layer.name for layer in student.layers}
+        merges = [merge for merge in plan.active if not merge.exact]
+        levels = [(merge, specs) for merge in merges for specs in _levels(merge, names)]
+        made: dict[str, list[Array]] = {}
+        found: list[Fitted] = []
+        for number, (merge, specs) in enumerate(levels):
+            level = _Level(old, _Side(student.with_blobs(made)), merge)
+            targets = {spec.name: level.target(spec) for spec in specs}
+            if not self.lsq:  # the channels that a reducer has kept are as they were
+                targets = {n: t for n, t in targets.items() if isinstance(t, str) or t.need is None}
+            wanted = {name: target for name, target in targets.items() if isinstance(target, _Target)}
+            rows = self._rows(level, wanted, number, len(levels)) if wanted else {}
+            for name, target in targets.items():
+                if isinstance(target, _Target):
+                    fitted, made[name] = self.fitted(merge, level.new.net.layer(name), target, *rows[name])
+                else:
+                    fitted = Fitted(merge.id, name, note=target)
+                found.append(fitted)
+        return after.with_blobs(made), found
+
+    def _rows(
+        self, level: _Level, targets: Mapping[str, _Target], number: int, of: int
+    ) -> dict[str, tuple[Floats, Floats, Flags]]:
+        """For each layer rows of what it reads and of what it should give, and which of them are held out."""
+        layers = {name: level.new.net.layer(name) for name in targets}
+        reads = list(dict.fromkeys(layer.bottom[0] for layer in layers.values()))
+        gives = list(dict.fromkeys(blob for target in targets.values() for blob, _ in target.channels))
+        randoms = {name: generator(self.seed, name) for name in targets}
+        rows: dict[str, list[tuple[Floats, Floats, Flags]]] = {name: [] for name in targets}
+        seen, first, alike = 0, None, True
+        with self.images.through(level.old, gives, level.new, reads) as batches:
+            for (images, total), (given, wanted) in batches:
+                first = images[0].copy() if first is None else first
+                alike = alike and bool((images == first).all())
+                for name, target in targets.items():
+                    y = np.concatenate(
+                        [wanted[blob][:, channels] for blob, channels in target.channels], axis=1
+                    )
+                    x = given[layers[name].bottom[0]]
+                    rows[name].append(_some(layers[name], x, y, seen, total, randoms[name]))
+                seen += len(images)
+                self.tell(number * total + seen, of * total)
+        if alike:
+            raise RebirthError(
+                f"{self.images.calibration.source}: its {seen} images are one and the same; give others"
+            )
+        return {name: tuple(map(np.concatenate, zip(*some, strict=True))) for name, some in rows.items()}  # type: ignore[misc]
 
 
 @contextmanager
@@ -408,8 +404,7 @@ def _fitted(
         inherited = own, shift
         before = least_squares.error(mine[held], wanted[held], inherited, target.relu)
         if mix and target.need is None:  # the channels of a reducer that lost some are not inherited
-            given = least_squares.outputs(mine[~held], inherited, target.relu)
-            scaled = _scaled(inherited, rescale.scales(given, wanted[~held]))
+            scaled = _scaled(inherited, _factors(inherited, mine[~held], wanted[~held], target.relu))
             made, tried = (_mixed(weights, scaled, best.channels) for weights in (made, tried))
         after = least_squares.error(mine[held], wanted[held], tried, target.relu)
         if target.need is None and after > before:
@@ -454,6 +449,11 @@ def _mixed(fitted: Weights, scaled: Weights, error: Doubles) -> Weights:
     return weight + weight_too, shift + shift_too
 
 
+def _factors(weights: Weights, x: Floats, y: Floats, relu: bool) -> Doubles:
+    """Of each channel, to be nearest to the target on rows."""
+    return rescale.scales(least_squares.outputs(x, weights, relu), y)
+
+
 def _scaled(weights: Weights, factors: Doubles) -> Weights:
     """Each channel times its factor."""
     return weights[0] * factors[:, None], weights[1] * factors
@@ -468,8 +468,7 @@ def _rescaled(
     factors: list[Doubles] = []
     errors: list[tuple[float, float]] = []
     for mine, wanted, own, shift in _groups(layer, x, y, flat, bias):
-        given = least_squares.outputs(mine[~held], (own, shift), target.relu)
-        factors.append(rescale.scales(given, wanted[~held]))
+        factors.append(_factors((own, shift), mine[~held], wanted[~held], target.relu))
         weights = (own, shift), _scaled((own, shift), factors[-1])
         before, after = (least_squares.error(mine[held], wanted[held], w, target.relu) for w in weights)
         errors.append((before, after))
