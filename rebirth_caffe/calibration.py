@@ -68,6 +68,8 @@ class Calibration:
                 pixels = recipe.pixels(files[i].read_bytes())
             except ValueError as error:
                 raise RebirthError(f"{files[i]}: {error}; remove it") from None
+            except OSError as error:
+                raise RebirthError(f"{files[i]}, of the images of {path}: {error.strerror}") from None
             return transform(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
         return len(files), load

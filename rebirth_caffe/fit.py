@@ -45,7 +45,7 @@ from .shapes import all_param_shapes, infer
 ROWS = 1 << 15  # of a layer, about
 BYTES = 1 << 28  # of a layer's rows, at most
 HELD = 5  # every fifth image chooses the ridge
-MOST_INPUTS = 4096  # of a layer: time goes with their cube
+MOST_INPUTS = 4608  # of a layer, a 3x3 kernel on 512 channels: time goes with their cube
 
 Flags = NDArray[np.bool_]
 Batch = tuple[Floats, int]  # images, and how many there are in all

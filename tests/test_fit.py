@@ -79,6 +79,16 @@ def test_an_average_pool_is_found_exactly(images, by_caffe, tmp_path):
     assert np.abs(output(inherited, by_caffe, tmp_path, "p") - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
+def test_what_reads_too_much_stays_as_inherited_and_says_so(images, by_caffe, monkeypatch):
+    monkeypatch.setattr(module, "MOST_INPUTS", 8)
+    original = with_weights(build(conv("a", "data", 6, 3), pool("p", "a"), fc("fc", "p"), size=GREY))
+    inherited, reborn, (one,) = fitted(original, images, by_caffe)
+    assert one.note == "reads 9 values, too many to fit: as inherited"
+    assert reborn.layer("a/rebirth").blobs[0].array.tobytes() == (
+        inherited.layer("a/rebirth").blobs[0].array.tobytes()
+    )
+
+
 def inception(reducer=16):
     """conv -> pool -> LRN, then four branches with a pool behind them, as in GoogLeNet."""
     branches = [
@@ -389,7 +399,7 @@ class TestImages:
             (lambda p: None, "no such database, folder or list of images"),
             (lambda p: p.mkdir(), "holds no images; give an LMDB, a folder or a list of images"),
             (lambda p: write_lmdb(p, synthetic(9, 1)), "9 images; to calibrate takes 10 or more"),
-            (lambda p: p.write_text("a.png 1\n" * 10), "No such file"),
+            (lambda p: p.write_text("a.png 1\n" * 10), r"a\.png, of the images of .*x: No such file"),
         ],
     )
     def test_what_is_none_is_refused(self, tmp_path, make, complaint):

@@ -38,7 +38,7 @@ class Beginning:
 # the others; learning from the original is by Adam.
 RATES = (0.0005, 0.001, 0.002, 0.004)
 SCORES = 4.0
-MOMENTUM2 = 0.999
+MOMENTUM, MOMENTUM2 = 0.9, 0.999
 STARTS = {
     "xavier": Beginning("xavier", ""),
     "inherit": Beginning("inherit", ""),
@@ -51,15 +51,15 @@ STARTS = {
     "lsq-distil-images": Beginning("lsq", "images", True),
     "lsq-distil-labels": Beginning("lsq", "labels", True),
 }
-ADAM = 'type: "Adam"\nmomentum: 0.9\nmomentum2: {:g}\n'
+ADAM = 'type: "Adam"\nmomentum: {:g}\nmomentum2: {:g}\n'
 SGD = "momentum: 0.9\nweight_decay: 0.0005\n"
 ENDS = 'lr_policy: "poly"\npower: 1\nsolver_mode: CPU\n'
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. ``held_out``: trained and tested on the two parts of the training images. ``scores`` and
-    ``momentum2``: what the scores weigh, and Adam's, in learning from the original."""
+    """One run. ``held_out``: trained and tested on the two parts of the training images. ``scores``,
+    ``momentum`` and ``momentum2``: what the scores weigh, and Adam's, in learning from the original."""
 
     start: str
     iterations: int
@@ -68,6 +68,7 @@ class Job:
     held_out: bool
     scores: float = SCORES
     momentum2: float = MOMENTUM2
+    momentum: float = MOMENTUM
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,8 +102,10 @@ def parse_args() -> argparse.Namespace:
                    help="of retrain.py, where the original is learned from (default: yes)")  # fmt: skip
     p.add_argument("--scores", metavar="WEIGHT", type=cli.above_zero, default=SCORES,
                    help=f"of retrain.py, where the original teaches (default: {SCORES:g})")  # fmt: skip
+    p.add_argument("--momentum", metavar="M", type=cli.fraction, default=MOMENTUM,
+                   help=f"of Adam, where the original teaches (default: {MOMENTUM:g})")  # fmt: skip
     p.add_argument("--momentum2", metavar="M", type=cli.fraction, default=MOMENTUM2,
-                   help=f"of Adam, where the original teaches (default: {MOMENTUM2:g})")  # fmt: skip
+                   help=f"likewise (default: {MOMENTUM2:g})")  # fmt: skip
     p.add_argument("--jobs", type=cli.positive, default=1, help="runs at a time, a thread each (default: 1)")
     engine_options(p)
     p.add_argument("--work", metavar="DIR", type=Path, default=Path("starts"), help="default: starts/")
@@ -130,7 +133,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
 
     def job(start: str, iterations: int, seed: int, rate: float, held_out: bool) -> Job:
-        taught = (args.scores, args.momentum2) if STARTS[start].distil else ()
+        taught = (args.scores, args.momentum2, args.momentum) if STARTS[start].distil else ()
         return Job(start, iterations, seed, rate, held_out, *taught)
 
     choosing = {
@@ -193,13 +196,12 @@ def _one(job: Job, args: argparse.Namespace, trainer: Trainer) -> dict[str, Any]
 
     begin = STARTS[job.start]
     part = "val" if job.held_out else "test"
-    setting = f"{job.rate:g}-{job.scores:g}-{job.momentum2:g}"
+    setting = "-".join(f"{x:g}" for x in (job.rate, job.scores, job.momentum2, job.momentum))
     home = args.work / f"{job.start}-{job.iterations}-{job.seed}-{setting}-{part}"
     if not home.exists():
         solver = Path(f"{home}.solver")
-        solver.write_text(
-            f"base_lr: {job.rate:g}\n{ENDS}{ADAM.format(job.momentum2) if begin.distil else SGD}", "utf-8"
-        )
+        learns = ADAM.format(job.momentum, job.momentum2) if begin.distil else SGD
+        solver.write_text(f"base_lr: {job.rate:g}\n{ENDS}{learns}", "utf-8")
         data = TrainData(args.fit, args.val) if job.held_out else TrainData(args.train, args.test)
         weights = args.weights or args.net / f"{args.net.name}.caffemodel"
         training = Training(data, solver, job.iterations, "joint", begin.distil, trainer.engine)
