@@ -44,12 +44,12 @@ def main() -> None:
 
 
 def by_start(runs: Iterable[Run]) -> dict[tuple[str, float], list[Run]]:
-    """The runs of each start (with what the scores weighed and Adam's momentum2, where they are not the
-    default) and rate, by their seeds."""
+    """The runs of each start (with what the scores weighed and what Adam's moments were, where they are not
+    the default) and rate, by their seeds."""
     found: dict[tuple[str, float], list[Run]] = defaultdict(list)
     for run in sorted(runs, key=lambda run: run["job"]["seed"]):
         job = run["job"]
-        usual = {"scores": 4, "momentum2": 0.999}  # as all had it once
+        usual = {"scores": 4, "momentum": 0.9, "momentum2": 0.999}  # as all had it once
         odd = [f", {name} {job[name]:g}" for name, value in usual.items() if job.get(name, value) != value]
         found["".join([job["start"], *odd]), job["rate"]].append(run)
     return found
