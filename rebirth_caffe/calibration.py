@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .errors import RebirthError, by_x
 from .net import Net
 from .solver import REBORN_LR, data_layer
-from .transform import Transform
+from .transform import Transform, advice
 
 Floats = NDArray[np.float32]
 Tell = Callable[[int, int], None]  # how many are done, of how many
@@ -46,7 +46,7 @@ class Calibration:
             if batch.shape[1:] != shape:
                 raise RebirthError(
                     f"{self.source}: its images are {by_x(batch.shape[1:])} after the transformation, "
-                    f"the net takes {by_x(shape)}; give the --crop it was trained with, or other images"
+                    f"the net takes {by_x(shape)}; {advice(batch.shape[1:], shape)}"
                 )
             yield batch, len(chosen)
 
@@ -69,7 +69,8 @@ class Calibration:
             except ValueError as error:
                 raise RebirthError(f"{files[i]}: {error}; remove it") from None
             except OSError as error:
-                raise RebirthError(f"{files[i]}, of the images of {path}: {error.strerror}") from None
+                whose = f"{files[i]}, of the images of {path}"
+                raise RebirthError(f"{whose}: {error.strerror}; correct or remove it") from None
             return transform(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
         return len(files), load
@@ -128,6 +129,8 @@ def _files(path: Path) -> list[Path]:
     """The images of a folder, or of a list: a path on each line, a label behind it or not."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    elif path.suffix.lower() in SUFFIXES:
+        raise RebirthError(f"{path}: is one image; give an LMDB, a folder or a list of images")
     elif path.is_file():
         lines = [line.strip() for line in path.read_bytes().decode("utf-8", "surrogateescape").splitlines()]
         lines = [line for line in lines if line]

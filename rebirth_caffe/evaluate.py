@@ -20,7 +20,7 @@ from .engines import Engine, Session, running
 from .errors import RebirthError, by_x
 from .net import TEST, Net
 from .shapes import all_param_shapes
-from .transform import Transform
+from .transform import Transform, advice
 
 BATCH = 100
 BATCH_BYTES = 256 << 20  # of all the net's blobs in a batch
@@ -157,7 +157,7 @@ def _scores(
             if wanted[1:] != shape:
                 raise RebirthError(
                     f"{name}: takes {by_x(wanted[1:])}, the images of {database} are {by_x(shape)} after the "
-                    "transformation; give the --crop it was trained with, or other images"
+                    f"transformation; {advice(shape, wanted[1:])}"
                 )
             for found, labels in _forwards(session, blob, images, transform, [output]):
                 out = found[output]

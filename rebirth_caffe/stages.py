@@ -113,7 +113,7 @@ def prepare(net: Net, training: Training) -> Net:
     Raises RebirthError where a database is missing or the solver template is none.
     """
     from .data import open_lmdb
-    from .transform import Transform
+    from .transform import Transform, advice
 
     solver_text(read_template(training.solver), Schedule(1, 0, "", ""), str(training.solver))
     if training.distil and not any(layer.blobs for layer in net.layers):
@@ -138,10 +138,8 @@ def prepare(net: Net, training: Training) -> Net:
         made.image = made.image or (info.channels, info.height, info.width)
     if len(seen) > 1:
         (one, here), (other, there) = seen.items()
-        raise RebirthError(
-            f"{here}: its images are {by_x(one)}, those of {there} {by_x(other)}; give images of one "
-            "size, or a --crop that makes them so"
-        )
+        mend = advice(one, other, "give images of one size, or a --crop that makes them so")
+        raise RebirthError(f"{here}: its images are {by_x(one)}, those of {there} {by_x(other)}; {mend}")
     try:
         check_weights(made, "--weights")
     except WeightsError as error:
@@ -169,9 +167,11 @@ def _same_size(net: Net, transformed: tuple[int, ...], database: str) -> None:
     inputs = [*view.inputs, *(v for x in view.layers if x.type == "Input" for v in view.tops[x])]
     shape = infer(view)[inputs[0]]
     if shape is not None and shape[1:] != transformed:
+        from .transform import advice
+
         raise RebirthError(
-            f"{net.path}: takes {by_x(shape[1:])}, the images of {database} are {by_x(transformed)}; give "
-            "the --crop the net was trained with, or other images"
+            f"{net.path}: takes {by_x(shape[1:])}, the images of {database} are {by_x(transformed)}; "
+            f"{advice(transformed, shape[1:])}"
         )
 
 

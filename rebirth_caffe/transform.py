@@ -23,6 +23,17 @@ Floats = NDArray[np.float32]
 T = TypeVar("T", np.uint8, np.float32)
 
 
+SIZE = "give the --crop it was trained with, or other images"
+
+
+def advice(shape: Sequence[int], wanted: Sequence[int], size: str = SIZE) -> str:
+    """What to do about images (channels x height x width) where others are ``wanted``; ``size``: where it is
+    their size alone."""
+    if shape[0] == wanted[0]:
+        return size
+    return f"make the database again {'with' if wanted[0] == 1 else 'without'} make_lmdb.py's --gray"
+
+
 @dataclass(frozen=True)
 class Transform:
     """A crop, then the mean is subtracted, then ``scale`` multiplies; in TRAIN a mirror, perhaps.

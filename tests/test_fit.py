@@ -79,6 +79,15 @@ def test_an_average_pool_is_found_exactly(images, by_caffe, tmp_path):
     assert np.abs(output(inherited, by_caffe, tmp_path, "p") - wanted).max() > 0.1 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize(
+    ("shape", "complaint"),
+    [((3, 28, 28), "again without make_lmdb.py's --gray"), ((1, 20, 20), "give the --crop it was trained")],
+)
+def test_images_of_another_shape_are_refused(images, shape, complaint):
+    with pytest.raises(RebirthError, match=complaint):
+        list(Calibration(str(images)).batches(shape, 8))
+
+
 def test_what_reads_too_much_stays_as_inherited_and_says_so(images, by_caffe, monkeypatch):
     monkeypatch.setattr(module, "MOST_INPUTS", 8)
     original = with_weights(build(conv("a", "data", 6, 3), pool("p", "a"), fc("fc", "p"), size=GREY))
@@ -392,6 +401,11 @@ class TestImages:
         assert np.array_equal(read(tmp_path / "without.txt"), database)
         folder = read(tmp_path)
         assert len({image.tobytes() for image in folder} | {image.tobytes() for image in database}) < 60
+
+    def test_one_image_is_no_list(self, tmp_path):
+        cv2.imwrite(str(tmp_path / "a.png"), np.zeros((28, 28), np.uint8))
+        with pytest.raises(RebirthError, match=r"a\.png: is one image; give an LMDB, a folder or a list"):
+            list(Calibration(str(tmp_path / "a.png")).batches((1, 28, 28), 8))
 
     @pytest.mark.parametrize(
         ("make", "complaint"),

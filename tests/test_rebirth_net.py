@@ -642,6 +642,11 @@ def test_a_plan_of_something_else(tmp_path):
             ("--scale", "0.1"),
             "--scale is of no use without --train-data and --test-data, or --calibration; see ",
         ),
+        (
+            ("--exact", "--calibration", "a"),
+            "--calibration is of no use with --exact, which leaves nothing to re-train; see ",
+        ),
+        (("--exact", "--init", "lsq", "--train-data", "a", "--test-data", "b"), "--init lsq is of no use wi"),
         (("--mean-value", "1,,2"), "argument --mean-value: '1,,2' is not numbers, like 104,117,123; see "),
         (("--crop", "0"), "argument --crop: '0' is no whole number from 1; see "),
         (("--fast",), "unrecognized arguments: --fast; see rebirth_net.py --help"),

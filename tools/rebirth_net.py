@@ -55,7 +55,8 @@ def parse_args() -> argparse.Namespace:
     p.add_argument("--calibration", metavar="IMAGES",
                    help="images for lsq and --sensitivity, or for inherit to scale by what it copies, "
                    "without labels: an LMDB, a folder, a list (default: for the first two --train-data); "
-                   "for a deploy net with --mean-value, --scale, --crop as it was trained")  # fmt: skip
+                   "for a deploy net with --mean-value, --scale, --crop as it was trained; files are resized "
+                   "to what the net takes, not cropped")  # fmt: skip
     p.add_argument("--images", metavar="N", type=cli.positive, help="of them, to use (default: 1024)")
     p.add_argument("--sensitivity", action="store_true",
                    help="measure, too, what each merge alone saves and loses, in every geometry; takes "
@@ -97,6 +98,8 @@ def parse_args() -> argparse.Namespace:
     learning = "--sensitivity" if args.sensitivity else "--init lsq" if args.init == "lsq" else ""
     if learning and not (args.calibration or args.train_data):
         p.error(f"{learning} takes images; give --calibration, or --train-data and --test-data")
+    if args.exact and (learning or args.calibration):
+        p.error(f"{learning or '--calibration'} is of no use with --exact, which leaves nothing to re-train")
     if not learning and args.calibration and args.init == "xavier":
         p.error("--calibration is for --init lsq and inherit, and for --sensitivity")
     if not learning and args.images and not args.calibration:
@@ -163,8 +166,10 @@ def main() -> None:
     if written:
         names = [path.name + "/" * path.is_dir() for path in written]
         print(cli.printable(f"wrote {folder}/: {', '.join(names)}"))
-        if "stages/" in names:
+        if "stages/" in names and args.weights:
             print(cli.printable(f"next: python tools/retrain.py {shlex.quote(str(folder))}"))
+        elif "stages/" in names:
+            print("next: make it again with the original's --weights, to retrain it")
 
 
 @contextmanager
