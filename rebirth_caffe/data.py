@@ -39,6 +39,8 @@ from numpy.typing import NDArray
 from .errors import RebirthError, by_x
 from .schema.caffe_pb2 import BlobProto, Datum
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # of damaged images we tell ourselves
+
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 T = TypeVar("T")

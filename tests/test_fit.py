@@ -402,6 +402,14 @@ class TestImages:
         folder = read(tmp_path)
         assert len({image.tobytes() for image in folder} | {image.tobytes() for image in database}) < 60
 
+    def test_a_damaged_image_is_told_of_once(self, tmp_path, capfd):
+        png = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8))[1].tobytes()
+        for i in range(10):
+            (tmp_path / f"{i}.png").write_bytes(png[: len(png) // 2] if i == 5 else png)
+        with pytest.raises(RebirthError, match=r"5\.png: damaged, cut short or not an image; remove it"):
+            list(Calibration(str(tmp_path)).batches((1, 28, 28), 8))
+        assert capfd.readouterr() == ("", "")
+
     def test_one_image_is_no_list(self, tmp_path):
         cv2.imwrite(str(tmp_path / "a.png"), np.zeros((28, 28), np.uint8))
         with pytest.raises(RebirthError, match=r"a\.png: is one image; give an LMDB, a folder or a list"):
