@@ -230,7 +230,7 @@ def _alone(result: Result) -> list[Table]:
         top1 = "" if one.top1 is None else f"{one.top1:.2%} of {one.before_top1:.2%}"
         saved = f"{one.saved_ms:+.2f} of {one.before_ms:.2f} ms"
         rows.append([one.merge, one.kernel, f"{one.reduce:g}", error, saved, top1])
-    columns = ["merged alone", "kernel", "reducers", "error", "saves", "top-1"]
+    columns = ["merged alone, best first", "kernel", "reducers", "error", "saves", "top-1"]
     return [_table(columns, rows)] if rows else []
 
 
