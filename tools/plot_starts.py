@@ -81,7 +81,7 @@ def draw(starts: dict[tuple[str, float], list[Run]], picture: Path) -> None:
 
     style: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
     with pyplot.rc_context(style):
-        figure, panes = pyplot.subplots(1, 2, figsize=(12, 5.5), sharey=True, layout="constrained")
+        figure, panes = pyplot.subplots(1, 2, figsize=(12, 6.5), sharey=True, layout="constrained")
         for (start, rate), runs in sorted(
             starts.items(), key=lambda item: -mean(r["final"]["top1"] for r in item[1])
         ):
@@ -114,7 +114,8 @@ def draw(starts: dict[tuple[str, float], list[Run]], picture: Path) -> None:
         later = [y for runs in starts.values() for run in runs for _, y in curve(run)[1:]]
         panes[0].set_ylim(bottom=max(0, 100 * min(later) - 3))
         panes[0].set_ylabel("top-1 on the test data, %; dashed: the original")
-        panes[1].legend(fontsize=9, frameon=False, loc="lower right")
+        lines = panes[0].get_legend_handles_labels()
+        figure.legend(*lines, fontsize=9, frameon=False, loc="outside lower center", ncols=2)
         figure.savefig(picture, dpi=110, format="png")
         pyplot.close(figure)
 
