@@ -355,12 +355,15 @@ def test_images_of_another_size_are_refused(images, by_caffe):
         fitted(original, images, by_caffe)
 
 
-def test_a_convolution_in_groups(images, by_caffe):
+def test_groups_and_inner_products(images, by_caffe, monkeypatch):
+    monkeypatch.setattr(module, "MOST_INPUTS", 4096)  # c reads 4,608; Caffe runs no LRN behind it
     grouped = [conv("a", "data", 8, 3), conv("b", "a", 8, 3, "group: 2"), relu("r", "b"), lrn("n", "b")]
-    original = with_weights(build(*grouped, fc("fc", "n"), size=GREY))
-    _, reborn, (one,) = fitted(original, images, by_caffe)
-    assert one.layer == "b/rebirth"
-    assert one.after < 0.5 * one.before
+    original = with_weights(
+        build(*grouped, fc("c", "n", 6), relu("cr", "c"), lrn("m", "c"), fc("fc", "m"), size=GREY)
+    )
+    _, reborn, found = fitted(original, images, by_caffe)
+    assert [one.layer for one in found][:1] == ["b/rebirth"]
+    assert found[0].after < 0.5 * found[0].before
     assert reborn.layer("b/rebirth").blobs[0].array.shape == (8, 4, 3, 3)
 
 

@@ -204,7 +204,9 @@ class TestRefusals:
     def test_images_of_another_size_than_the_deploy_net_takes(self, trained):
         net = str(ZOO / "cifar10_full/deploy.prototxt")
         self.refuse(
-            trained, r"takes 3x32x32, the images of .* are 1x28x28; make the database again without", net
+            trained,
+            r"takes 3x32x32, the images of .* \(--train-data\) are 1x28x28; make the database again without",
+            net,
         )
 
     def test_two_databases_of_different_images(self, trained, tmp_path):

@@ -166,10 +166,10 @@ def main() -> None:
     if written:
         names = [path.name + "/" * path.is_dir() for path in written]
         print(cli.printable(f"wrote {folder}/: {', '.join(names)}"))
-        if "stages/" in names and args.weights:
-            print(cli.printable(f"next: python tools/retrain.py {shlex.quote(str(folder))}"))
-        elif "stages/" in names:
-            print("next: make it again with the original's --weights, to retrain it")
+        if "stages/" in names:
+            retrain = f"python tools/retrain.py {shlex.quote(str(folder))}"
+            again = "make it again with the original's --weights, to retrain it"
+            print(cli.printable(f"next: {retrain if args.weights else again}"))
 
 
 @contextmanager
