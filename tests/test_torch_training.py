@@ -193,6 +193,13 @@ PLAIN = (
     layer("loss", "SoftmaxWithLoss", "fc label"),
 )
 RETRAIN = ("-m", "rebirth_caffe.retrain")
+# Says which of gloo's threads still run: one that does when Python ends may abort the process.
+WATCHED = """from pathlib import Path
+from rebirth_caffe.retrain_command import main
+main()
+names = [status.read_text().strip() for status in Path("/proc/self/task").glob("*/comm")]
+print("left:", [name for name in names if "gloo" in name], flush=True)
+"""
 FLAGS = ("--engine", "torch", "--iterations", "1", "--final-iterations", "9", "--segment", "3")
 
 
@@ -205,12 +212,13 @@ def directory(folder: Path, databases: Path, batch: int, layers: Any = PLAIN) ->
     return folder / "home"
 
 
-def command(home: Path, processes: int = 1) -> subprocess.Popen[str]:
+def command(home: Path, processes: int = 1, program: tuple[str, ...] = RETRAIN) -> subprocess.Popen[str]:
     """The command that trains there, alone or under torchrun."""
     start = ("-m", "torch.distributed.run", "--nproc-per-node", str(processes)) if processes > 1 else ()
     return subprocess.Popen(
-        [sys.executable, *start, *RETRAIN, str(home), *FLAGS],
+        [sys.executable, *start, *program, str(home), *FLAGS],
         cwd=tiny.ROOT,
+        env={**os.environ, "PYTHONPATH": str(tiny.ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -267,8 +275,10 @@ def test_two_processes_learn_as_one_does_and_survive_a_death(tmp_path, databases
     assert not final(home).exists()
     assert not re.search(r'File ".*/rebirth_caffe/', said), said  # torchrun tells its own story
     shutil.copytree(home, tmp_path / "other")
-    code, said = ended(command(home, 2))
+    (tmp_path / "watched.py").write_text(WATCHED)
+    code, said = ended(command(home, 2, (str(tmp_path / "watched.py"),)))
     assert code == 0, said
+    assert said.count("left: []") == 2, said
     assert apart(final(alone), final(home)) < 1e-5
     code, said = ended(command(tmp_path / "other"))
     assert code == 0, said

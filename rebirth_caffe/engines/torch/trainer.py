@@ -14,13 +14,12 @@ import os
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ... import prototxt
 from ...data import lmdb_info
@@ -124,13 +123,12 @@ class TorchTrainer:
         solver = Solver(param, module.params, str(path))
         if state is not None:
             solver.restore(state, run.home / str(run.state))
-        model = self._shared(module)
         batches = Batches(layer, max(param.random_seed, 0), run.skip, self.rank, self.size).read(
             (run.until - solver.iteration) * param.iter_size, self.workers
         )
         losses: deque[Tensor] = deque(maxlen=param.average_loss)
         while solver.iteration < run.until:
-            losses.append(self._gradients(model, layer.top, batches, param.iter_size))
+            losses.append(self._gradients(module, layer.top, batches, param.iter_size))
             if param.display and solver.iteration % param.display == 0:
                 loss = self._mean(losses)
                 if not math.isfinite(loss):
@@ -143,36 +141,42 @@ class TorchTrainer:
             net.write_weights(run.home / made.weights)
             (run.home / made.state).write_bytes(solver.state(made.weights).SerializeToString())
 
-    def _shared(self, module: TorchNet) -> torch.nn.Module:
-        """The module; where there are several processes, one that averages their gradients."""
-        if self.size == 1 or not any(weight.requires_grad for weight in module.weights):
-            return module
-        devices = [self.device] if self.device.type == "cuda" else None
-        # Statistics of batches are each process's own; the first one's are kept, as in Caffe.
-        return DistributedDataParallel(module, device_ids=devices)
-
     def _gradients(
         self,
-        model: torch.nn.Module,
+        module: TorchNet,
         tops: tuple[str, ...],
         batches: Iterator[tuple[Tensor, Tensor]],
         parts: int,
     ) -> Tensor:
-        """Leave the gradients of ``parts`` batches, summed; their mean loss."""
+        """Leave the gradients of ``parts`` batches, summed, averaged over processes; their mean loss."""
         total = torch.zeros((), device=self.device)
-        for part in range(parts):
+        for _ in range(parts):
             values = next(batches)
             given = {
                 name: channels_last(value.to(self.device, non_blocking=True))
                 for name, value in zip(tops, values, strict=False)
             }
-            alone = part < parts - 1 and isinstance(model, DistributedDataParallel)
-            with model.no_sync() if alone else nullcontext():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    loss, _ = model(given)
-                loss.backward()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                loss, _ = module(given)
+            loss.backward()
             total += loss.detach()
+        if self.size > 1:
+            self._average([weight.grad for weight in module.weights if weight.grad is not None])
         return total / parts
+
+    def _average(self, gradients: list[Tensor]) -> None:
+        """Give every process the mean of all processes' gradients.
+
+        Not by DistributedDataParallel: it holds on to gloo's threads after the group has ended, and one that
+        still tidies up when Python ends aborts the process (PyTorch 2.13).
+        """
+        if not gradients:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def _mean(self, losses: deque[Tensor]) -> float:
         """The mean of the last losses, of all processes."""
