@@ -372,7 +372,7 @@ def _sigmoid_loss(layer: Layer, bottoms: list[Shape], train: bool) -> Compute:
     divisor = _normaliser(layer, caffe_pb2.LossParameter.BATCH_SIZE)
 
     def compute(blobs: Sequence[Tensor], bottoms: Sequence[Tensor]) -> Sequence[Tensor]:
-        scores, target = whole(bottoms[0]), whole(bottoms[1])
+        scores, target = whole(bottoms[0]), whole(bottoms[1]).detach()  # as Caffe: none learns through it
         valid = torch.ones_like(target, dtype=torch.bool) if ignored is None else target.long() != ignored
         each = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
         loss = each.where(valid, 0.0).sum() / divisor(valid, scores.shape[0])

@@ -80,7 +80,7 @@ class TorchNet(nn.Module):
             compute = compute_of(layer, bottoms, view.state.phase == TRAIN)
             if self._may_overwrite(layer):
                 compute = _relu_in_place
-            down = list(layer.param.propagate_down)
+            down = [] if view.net.header.force_backward else list(layer.param.propagate_down)  # as in Caffe
             self._steps.append(
                 _Step(
                     layer,
