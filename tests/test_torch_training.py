@@ -30,7 +30,8 @@ from rebirth_caffe.engines.torch.data import Batches  # noqa: E402
 from rebirth_caffe.engines.torch.trainer import TorchTrainer  # noqa: E402
 
 BATCH = 16
-# Everything that has a state or multipliers of its own: BatchNorm, a frozen layer, a fast bias, two losses.
+# Everything that has a state or multipliers of its own: BatchNorm, a frozen layer, a fast bias, three losses,
+# one of which teaches one of its two sides.
 NET = """name: "small"
 layer {{ name: "data" type: "Data" top: "data" top: "label"
   transform_param {{ {transform} mean_value: 70 scale: 0.02 }}
@@ -51,6 +52,8 @@ LAYERS = (
     layer("aux/loss", "SoftmaxWithLoss", "aux label", more="loss_weight: 0.3"),
     fc("fc", "pool", 10, "weight_filler { type: 'xavier' }",
        extra="param { lr_mult: 1 decay_mult: 1 } param { lr_mult: 2 decay_mult: 0 }"),
+    layer("near", "EuclideanLoss", "aux fc",
+          more="loss_weight: 0.1 propagate_down: true propagate_down: false"),
     layer("loss", "SoftmaxWithLoss", "fc label"),
 )  # fmt: skip
 SGD = 'base_lr: 0.02 lr_policy: "fixed" momentum: 0.9 weight_decay: 0.001'
