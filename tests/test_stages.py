@@ -2,7 +2,9 @@
 
 import json
 import re
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,32 @@ def test_nothing_to_retrain(trained, tmp_path, caffe):
         assert outcome is not None
         assert outcome.final == outcome.original
         assert (home / "final/deploy.prototxt").exists()
+
+
+def test_what_comes_next_is_said_and_works_as_typed(trained, tmp_path):
+    """The last line is a command, but without weights, from which nothing can be retrained."""
+    home = tmp_path / "a home"
+    data = ["--train-data", "train.lmdb", "--test-data", "test.lmdb"]
+    weights = ["--weights", "original.caffemodel"]
+
+    def last_line(*more: str) -> str:
+        done = subprocess.run(
+            [sys.executable, tiny.ROOT / "tools/rebirth_net.py", "train_val.prototxt", *data, *more],
+            cwd=trained,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout.splitlines()[-1]
+
+    said = last_line("--out", str(tmp_path / "bare"))
+    assert said == "next: make it again with the original's --weights, to retrain it"
+    said = last_line("--out", str(home), *weights, "--iterations", "2")
+    python, *words = shlex.split(said.removeprefix("next: "))
+    assert (python, words) == ("python", ["tools/retrain.py", str(home)])
+    subprocess.run([sys.executable, *words], cwd=tiny.ROOT, check=True)
+    assert (home / "final/weights.caffemodel").exists()
+    assert last_line("--out", str(tmp_path / "exact"), *weights, "--exact").startswith("wrote ")
 
 
 def test_paths_hold_from_anywhere(trained, tmp_path, monkeypatch):
