@@ -195,12 +195,21 @@ def measure(
     return Report(tuple(nets), versions, tuple(results), threads, batch, runs)
 
 
-def time_in_turn(sessions: Sequence[Session], runs: int, warmup: int = WARMUP_ROUNDS) -> list[list[float]]:
-    """The seconds of ``runs`` forwards of every session: each round times each of them once."""
+def time_in_turn(
+    sessions: Sequence[Session], runs: int, warmup: int = WARMUP_ROUNDS, seconds: float = 0.0
+) -> list[list[float]]:
+    """The seconds of ``runs`` forwards of every session: each round times each of them once.
+
+    Rounds are added until the forwards have taken ``seconds``.
+    """
     for _ in range(warmup):
         for session in sessions:
             session.time_forward()
-    rounds = [[session.time_forward() for session in sessions] for _ in range(runs)]
+    rounds: list[list[float]] = []
+    taken = 0.0
+    while len(rounds) < runs or taken < seconds:
+        rounds.append([session.time_forward() for session in sessions])
+        taken += sum(rounds[-1])
     return [list(times) for times in zip(*rounds, strict=True)]
 
 

@@ -75,6 +75,11 @@ def test_every_round_times_every_net_once() -> None:
     assert "".join(calls) == "ABABABABAB"
 
 
+def test_rounds_are_added_until_the_nets_have_taken_so_long() -> None:
+    sessions, _ = fakes([9, 1, 2, 3], [8, 4, 5, 6])
+    assert time_in_turn(sessions, runs=1, warmup=1, seconds=11) == [[1, 2], [4, 5]]
+
+
 def test_layers_are_timed_in_turn_and_their_median_taken() -> None:
     sessions, calls = fakes([1, 10, 3, 30, 2, 80], [4, 4, 5, 5, 9, 9])
     assert time_layers_in_turn(sessions, runs=3) == [

@@ -30,6 +30,7 @@ def test_every_geometry_once():
 
 def test_merges_are_measured_alone_and_kept_as_data(trained, caffe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "RUNS", 2)
+    monkeypatch.setattr(module, "SECONDS", 0.0)
     data = TrainData(str(trained / "train.lmdb"), str(trained / "test.lmdb"))
     result = rebirth(
         trained / "train_val.prototxt",
@@ -57,6 +58,7 @@ def test_merges_are_measured_alone_and_kept_as_data(trained, caffe, tmp_path, mo
 
 def test_measuring_changes_nothing_else_and_takes_no_labels(trained, caffe, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RUNS", 2)
+    monkeypatch.setattr(module, "SECONDS", 0.0)
     with open_lmdb(trained / "test.lmdb") as labelled:
         found = [labelled[i][0][0] for i in range(60)]
     database = tmp_path / "unlabelled.lmdb"
