@@ -40,7 +40,8 @@ class Calibration:
         count, load = self._open(shape)
         chosen = spread(count, self.images)
         if len(chosen) < LEAST:
-            raise RebirthError(f"{self.source}: {len(chosen)} images; to calibrate takes {LEAST} or more")
+            what = f"--images {self.images}" if count >= LEAST else f"{self.source}: {count} images"
+            raise RebirthError(f"{what}; to calibrate takes {LEAST} or more")
         for at in range(0, len(chosen), size):
             batch = np.stack([load(i) for i in chosen[at : at + size]])
             if batch.shape[1:] != shape:
@@ -58,6 +59,7 @@ class Calibration:
         path = Path(self.source)
         if (path / "data.mdb").is_file():
             database = open_lmdb(path)
+            transform.shape(database[0][0], path)
             return len(database), lambda i: transform(database[i][0])
         files = _files(path)
         recipe = Recipe(resize=shape[1:], gray=shape[0] == 1)

@@ -27,6 +27,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
@@ -49,6 +50,7 @@ FILES = {"data.mdb", "about.json", "labels.txt", "list.txt", "mean.binaryproto",
 LOCK = "lock.mdb"  # what Caffe leaves in a database that it has read
 MOST_LABELS = 1_000_000  # a larger label is no class but a mistake
 BATCH_BYTES = 16 << 20  # in one transaction
+SECONDS_SHOWN = 0.1  # between two steps of a bar
 CHUNK = 8  # images a thread takes at a time
 IDX_IMAGES, IDX_LABELS = 0x803, 0x801
 UNLABELLED = -1  # in place of a label
@@ -469,19 +471,22 @@ def _describe(folder: Path, written: Written, mean: NDArray[np.float64], made: M
 
 
 @contextmanager
-def show_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the terminal, if there is one, for ``write_lmdbs``."""
+def show_progress(what: str = "images") -> Iterator[Callable[[int, int], None]]:
+    """A bar on the terminal, if there is one: hears how many of ``what`` are done, of how many."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=None)
+        task = bar.add_task(what, total=None)
+        shown = 0.0
 
         def progress(done: int, total: int) -> None:
-            if done % 64 == 0 or done == total:
+            nonlocal shown
+            if done == total or monotonic() > shown + SECONDS_SHOWN:
                 bar.update(task, completed=done, total=total)
+                shown = monotonic()
 
         yield progress
 

@@ -150,7 +150,7 @@ def _scores(
     seen = 0
     with open_lmdb(database) as images:
         total = len(images)
-        shape = transform(images[0][0]).shape
+        shape = transform.shape(images[0][0], database)
         batch = min(batch_size(net), total)
         with engine.open(prototxt, weights, threads=threads, batch=batch) as session:
             wanted = session.blobs()[blob]
@@ -276,12 +276,3 @@ def batches(
         if len(pixels) == size or i == total:
             yield np.stack(pixels), np.array(labels, np.int64)
             pixels, labels = pixels[:0], labels[:0]
-
-
-@contextmanager
-def show_progress() -> Iterator[Callable[[int, int], None]]:
-    """Tell on stderr how far an evaluation is: a bar on a terminal, else nothing."""
-    from .data import show_progress as bar
-
-    with bar() as progress:
-        yield lambda done, total: progress(done - done % 64 if done < total else done, total)

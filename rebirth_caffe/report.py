@@ -13,6 +13,7 @@ from .errors import NetError, by_x
 from .merge import Merge, Spec
 from .net import Layer
 from .rules.match import ACTIVATION
+from .transform import UNTOUCHED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -189,8 +190,11 @@ def _about(merge: Merge) -> tuple[str, ...]:
 def _left_out(result: Result) -> list[str]:
     """Merges the plan knows, but was told not to make."""
     replaced = {merge.instead_of for merge in result.plan.active}
-    left = [m.id for m in result.plan.merges if m.note.startswith("left out") and m.id not in replaced]
-    return [f"left out as asked: {_some(left)}"] if left else []
+    left: dict[str, list[str]] = {}
+    for merge in result.plan.merges:
+        if merge.note.startswith("left out") and merge.id not in replaced:
+            left.setdefault(merge.note, []).append(merge.id)
+    return [f"{note}: {_some(ids)}" for note, ids in left.items()]
 
 
 # ---- what was refused, and the cost -----------------------------------------------------------------------
@@ -230,7 +234,7 @@ def _alone(result: Result) -> list[Table]:
         top1 = "" if one.top1 is None else f"{one.top1:.2%} of {one.before_top1:.2%}"
         saved = f"{one.saved_ms:+.2f} of {one.before_ms:.2f} ms"
         rows.append([one.merge, one.kernel, f"{one.reduce:g}", error, saved, top1])
-    columns = ["merged alone, best first", "kernel", "reducers", "error", "saves", "top-1"]
+    columns = ["merged alone, least lost per ms first", "kernel", "reducers", "error", "saves", "top-1"]
     return [_table(columns, rows)] if rows else []
 
 
@@ -273,8 +277,8 @@ def _notes(result: Result) -> list[str]:
         lines.append(f"layers without weights, the file has none for them: {_some(result.without_weights)}")
     if result.training is not None or result.images is not None:
         given = transform_of(result.original) if result.images is None else result.images.transform
-        if given.mean_file is None and not given.mean_values and given.scale == 1:
-            lines.append("images go in as they are, 0 to 255; else give the net's --mean-value and --scale")
+        if given.leaves_values:
+            lines.append(UNTOUCHED)
     return lines
 
 

@@ -223,13 +223,15 @@ class _Run:
             return
         again = f"or remove {self.home / 'retrain'} to start again"
         defaults = dataclasses.asdict(Options())  # an option may be younger than the run
+        other = []
         for name, asked in now["options"].items():
             value = begun["options"].get(name, defaults[name])
             if asked != value and not (_unset(asked) and _unset(value)):
                 flag = FLAGS.get(name, "--" + name.replace("_", "-"))
                 said = ",".join(value) if isinstance(value, list) else "" if value is True else str(value)
-                given = f"without {flag}" if _unset(value) else f"with {flag} {said}".rstrip()
-                raise RebirthError(f"{self.home}: this run began {given}; go on like that, {again}")
+                other.append(f"without {flag}" if _unset(value) else f"with {flag} {said}".rstrip())
+        if other:
+            raise RebirthError(f"{self.home}: this run began {', '.join(other)}; go on like that, {again}")
         for name, digest in begun["files"].items():
             if now["files"].get(name) != digest:
                 raise RebirthError(
@@ -550,6 +552,9 @@ class _Run:
         whole = several(self.options.gpus)  # in one go
         done = self._segments_of(step, attempt=attempt, rate=rate)
         at = done[-1]["iteration"] if done else 0
+        if 0 < at < step.iterations:
+            said = f"{step.stage}: going on from iteration {at:,} of {step.iterations:,}"
+            self.tell("note", {"text": said})
         last = Snapshot(done[-1]["weights"], done[-1]["state"]) if done else None
         losses = [loss for e in done for _, loss in e["losses"]]
         if whole and not done:

@@ -131,8 +131,8 @@ def prepare(net: Net, training: Training) -> Net:
             info, first = images.info, images[0][0]
         if phase == TRAIN:
             check_labels(layer, training.distil)
-        transformed = Transform.of(layer)(first).shape
         database = f"{layer.param.data_param.source} ({flag})"
+        transformed = Transform.of(layer).shape(first, database)
         _same_size(net, transformed, database)
         seen[transformed] = database
         made.image = made.image or (info.channels, info.height, info.width)

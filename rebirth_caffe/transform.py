@@ -23,6 +23,7 @@ Floats = NDArray[np.float32]
 T = TypeVar("T", np.uint8, np.float32)
 
 
+UNTOUCHED = "images go in as they are, 0 to 255; else give the net's --mean-value and --scale"
 SIZE = "give the --crop it was trained with, or other images"
 
 
@@ -31,7 +32,9 @@ def advice(shape: Sequence[int], wanted: Sequence[int], size: str = SIZE) -> str
     their size alone."""
     if shape[0] == wanted[0]:
         return size
-    return f"make the database again {'with' if wanted[0] == 1 else 'without'} make_lmdb.py's --gray"
+    again = f"make the database again {'with' if wanted[0] == 1 else 'without'} make_lmdb.py's --gray"
+    sized = "" if tuple(shape[1:]) == tuple(wanted[1:]) else f" and with --resize {wanted[1]}x{wanted[2]}"
+    return f"give the images it was trained for, or {again}{sized}"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,18 @@ class Transform:
         values *= np.float32(self.scale)
         return values
 
+    @property
+    def leaves_values(self) -> bool:
+        """Whether no mean is subtracted and nothing scaled."""
+        return self.mean_file is None and not self.mean_values and self.scale == 1
+
+    def shape(self, image: Pixels, source: object) -> tuple[int, ...]:
+        """Of an image (C x H x W) of ``source``, transformed. Raises RebirthError that names it."""
+        try:
+            return self(image).shape
+        except RebirthError as error:
+            raise RebirthError(f"{source}: {error}") from None
+
     def train(self, images: Sequence[Pixels], random: Generator, first: int = 0, of: int = 0) -> Floats:
         """Images (each C x H x W) as in TRAIN: N x C x H x W.
 
@@ -94,7 +109,9 @@ class Transform:
             return images
         height, width = images.shape[-2:]
         if self.crop > min(height, width):
-            raise RebirthError(f"crop {self.crop} of {height}x{width} images; give a smaller --crop")
+            raise RebirthError(
+                f"crop {self.crop} of {height}x{width} images; give larger ones, or a smaller --crop"
+            )
         return images[..., top : top + self.crop, left : left + self.crop]
 
     def _mean(self, shape: tuple[int, ...]) -> Floats | None:
@@ -108,9 +125,10 @@ class Transform:
                 )
             return mean
         if len(self.mean_values) not in (0, 1, shape[0]):
+            channels = f"{shape[0]} channel{'s' * (shape[0] > 1)}"
             raise RebirthError(
-                f"{len(self.mean_values)} mean values for images of {shape[0]} channels; "
-                "give one for each, or one for all"
+                f"{len(self.mean_values)} mean values for images of {channels}; give other images, or one "
+                "value for each channel, or one for all"
             )
         return np.asarray(self.mean_values, np.float32).reshape(-1, 1, 1) if self.mean_values else None
 

@@ -198,7 +198,7 @@ class TestTransform:
     def test_what_does_not_fit_is_named(self, images):
         folder, pixels = images
         for given, said in (
-            ({"crop": 14}, "crop 14 of 13x18 images; give a smaller --crop"),
+            ({"crop": 14}, "crop 14 of 13x18 images; give larger ones, or a smaller --crop"),
             ({"mean_values": (1.0, 2.0)}, "2 mean values for images of 3 channels"),
             ({"mean_file": str(folder / "odd.lmdb/data.mdb")}, "no mean image"),
         ):

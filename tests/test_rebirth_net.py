@@ -647,6 +647,15 @@ def test_a_plan_of_something_else(tmp_path):
             "--calibration is of no use with --exact, which leaves nothing to re-train; see ",
         ),
         (("--exact", "--init", "lsq", "--train-data", "a", "--test-data", "b"), "--init lsq is of no use wi"),
+        (
+            ("--exact", "--kernel", "auto"),
+            "--kernel is of no use with --exact, which leaves nothing to re-train; ",
+        ),
+        (
+            ("--exact", "--train-data", "a", "--test-data", "b", "--distil"),
+            "--distil is of no use with --exact",
+        ),
+        (("--plan", "plan.yaml", "--reduce", "1"), "--reduce is of no use with --plan, which has its own; "),
         (("--mean-value", "1,,2"), "argument --mean-value: '1,,2' is not numbers, like 104,117,123; see "),
         (("--crop", "0"), "argument --crop: '0' is no whole number from 1; see "),
         (("--fast",), "unrecognized arguments: --fast; see rebirth_net.py --help"),

@@ -99,10 +99,10 @@ def test_nothing_to_do(tmp_path):
 
 
 def test_what_is_left_out_and_why():
-    assert "left out as asked: 4b, 4c, 4d\n" in text(rebirth(GOOGLENET, skip=["4b-4d"]))
+    assert "left out by --skip: 4b, 4c, 4d\n" in text(rebirth(GOOGLENET, skip=["4b-4d"]))
     said = text(rebirth(GOOGLENET, only=["3a"]))
     assert "GoogleNet: 1 merge to retrain in 1 step\n" in said
-    assert re.search(r"left out as asked: .*conv1, conv2, 3b.* and \d more\n", said)
+    assert re.search(r"left out by --only: .*conv1, conv2, 3b.* and \d more\n", said)
     reasons = words(rebirth(CAFFENET))
     assert "conv1 + pool1 the kernel or pad would change" in reasons
 

@@ -798,6 +798,7 @@ class TestSameAsBefore:
             ({"threads": 2}, "with --threads 1; "),
             ({"gpus": ("0", "1")}, "without --gpu; "),
             ({"scores": 16.0}, "with --scores 4.0; "),
+            ({"iterations": 7, "max_drop": 1.0}, "with --iterations 6, without --max-drop; "),
         ],
     )
     def test_other_options_are_refused(self, finished, caffe, change, said):

@@ -191,8 +191,14 @@ class TestRefusals:
         self.refuse(trained, "/none: no such database", test="/none")
 
     def test_crops_and_means_that_do_not_fit_the_images(self, trained, tmp_path):
-        self.refuse(trained, "crop 29 of 28x28 images; give a smaller --crop", crop=29)
-        self.refuse(trained, "2 mean values for images of 1 channels", mean_values=(1.0, 2.0))
+        self.refuse(
+            trained,
+            r"train.lmdb \(--train-data\): crop 29 of 28x28 images; give larger ones, or a smaller --crop",
+            crop=29,
+        )
+        self.refuse(
+            trained, "2 mean values for images of 1 channel; give other images", mean_values=(1.0, 2.0)
+        )
         blob = BlobProto(num=1, channels=1, height=9, width=9, data=[0.0] * 81)
         (tmp_path / "mean").write_bytes(blob.SerializeToString())
         self.refuse(
@@ -207,7 +213,8 @@ class TestRefusals:
         net = str(ZOO / "cifar10_full/deploy.prototxt")
         self.refuse(
             trained,
-            r"takes 3x32x32, the images of .* \(--train-data\) are 1x28x28; make the database again without",
+            r"takes 3x32x32, the images of .* \(--train-data\) are 1x28x28; give the images it was "
+            "trained for, or make the database again without make_lmdb.py's --gray and with --resize 32x32",
             net,
         )
 

@@ -196,12 +196,13 @@ PLAIN = (
     layer("loss", "SoftmaxWithLoss", "fc label"),
 )
 RETRAIN = ("-m", "rebirth_caffe.retrain")
-# Says which of gloo's threads still run: one that does when Python ends may abort the process.
-WATCHED = """from pathlib import Path
+# Fails where threads of gloo's still run: one that does when Python ends may abort the process.
+WATCHED = """import sys
+from pathlib import Path
 from rebirth_caffe.retrain_command import main
 main()
 names = [status.read_text().strip() for status in Path("/proc/self/task").glob("*/comm")]
-print("left:", [name for name in names if "gloo" in name], flush=True)
+sys.exit([name for name in names if "gloo" in name] or 0)
 """
 FLAGS = ("--engine", "torch", "--iterations", "1", "--final-iterations", "9", "--segment", "3")
 
@@ -281,7 +282,6 @@ def test_two_processes_learn_as_one_does_and_survive_a_death(tmp_path, databases
     (tmp_path / "watched.py").write_text(WATCHED)
     code, said = ended(command(home, 2, (str(tmp_path / "watched.py"),)))
     assert code == 0, said
-    assert said.count("left: []") == 2, said
     assert apart(final(alone), final(home)) < 1e-5
     code, said = ended(command(tmp_path / "other"))
     assert code == 0, said

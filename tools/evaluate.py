@@ -39,12 +39,12 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    from rebirth_caffe.data import lmdb_info
+    from rebirth_caffe.data import lmdb_info, show_progress
     from rebirth_caffe.engines import get_engine
-    from rebirth_caffe.evaluate import evaluate_net, show_progress
+    from rebirth_caffe.evaluate import evaluate_net
     from rebirth_caffe.net import Net
     from rebirth_caffe.solver import data_layer
-    from rebirth_caffe.transform import Transform
+    from rebirth_caffe.transform import UNTOUCHED, Transform
 
     info = lmdb_info(args.data)
     net = Net.load(args.net, args.weights, (info.channels, info.height, info.width))
@@ -67,6 +67,8 @@ def main() -> None:
         f"top-1 {found.top1:.2%}, top-5 {found.top5:.2%}, loss {found.loss:.4f}, {found.images:,} images, "
         f"{args.engine}"
     )
+    if layer is None and transform.leaves_values:  # a train_val says itself what it wants
+        print(UNTOUCHED)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ def parse_args() -> argparse.Namespace:
                    help="only what leaves the net's function as it is, and all of that; verified on random "
                    "inputs in Caffe (or OpenCV) before anything is written; without it, those exact merges "
                    "that no engine loses by are made beside the others")  # fmt: skip
-    p.add_argument("--reduce", metavar="R", type=_float, default=0.5,
+    p.add_argument("--reduce", metavar="R", type=_float,
                    help="what is left of the reducers under merged branches (default: 0.5)")  # fmt: skip
-    p.add_argument("--kernel", choices=("keep", "cover", "auto"), default="keep",
+    p.add_argument("--kernel", choices=("keep", "cover", "auto"),
                    help="kernel of a convolution that takes in a pool: the original, all the two of them "
                    "saw, or the smallest well-centred (default: keep)")  # fmt: skip
     p.add_argument("--init", choices=("xavier", "inherit", "lsq"), default="inherit",
@@ -100,6 +100,14 @@ def parse_args() -> argparse.Namespace:
         p.error(f"{learning} takes images; give --calibration, or --train-data and --test-data")
     if args.exact and (learning or args.calibration):
         p.error(f"{learning or '--calibration'} is of no use with --exact, which leaves nothing to re-train")
+    for name in ("kernel", "reduce", "schedule", "distil", "solver", "iterations"):
+        if args.exact and getattr(args, name) is not None:
+            p.error(f"--{name} is of no use with --exact, which leaves nothing to re-train")
+    for name in ("kernel", "reduce"):
+        if args.plan and getattr(args, name) is not None:
+            p.error(f"--{name} is of no use with --plan, which has its own")
+    args.kernel = args.kernel or "keep"
+    args.reduce = 0.5 if args.reduce is None else args.reduce
     if not learning and args.calibration and args.init == "xavier":
         p.error("--calibration is for --init lsq and inherit, and for --sensitivity")
     if not learning and args.images and not args.calibration:
@@ -178,9 +186,9 @@ def _progress(args: argparse.Namespace) -> Iterator[Tell]:
     if args.init != "lsq" and not args.sensitivity and args.calibration is None:
         yield lambda done, total: None
         return
-    from rebirth_caffe.evaluate import show_progress
+    from rebirth_caffe.data import show_progress
 
-    with show_progress() as progress:
+    with show_progress("done") as progress:
         yield progress
 
 
