@@ -430,6 +430,11 @@ class TestImages:
         with pytest.raises((RebirthError, OSError), match=complaint):
             list(Calibration(str(tmp_path / "x")).batches((1, 28, 28), 8))
 
+    def test_too_few_of_many_are_refused(self, tmp_path):
+        write_lmdb(tmp_path / "x", synthetic(20, 1))
+        with pytest.raises(RebirthError, match=r"^--images 5; to calibrate takes 10 or more"):
+            list(Calibration(str(tmp_path / "x"), 5).batches((1, 28, 28), 8))
+
 
 def test_without_complete_weights_there_is_nothing_to_learn_from(images, by_caffe):
     original = inception()

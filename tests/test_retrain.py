@@ -242,11 +242,16 @@ class TestKilled:
         assert (home / "training.png").read_bytes().startswith(b"\x89PNG")
 
     def test_moved_in_the_middle_and_with_a_relative_path(self, tmp_path, home, caffe, unkilled, monkeypatch):
-        assert dies(home, caffe, 4, "after")
+        assert dies(home, caffe, 2, "after")
         (tmp_path / "else where").mkdir()
         home.rename(tmp_path / "else where/moved")
         monkeypatch.chdir(tmp_path / "else where")
-        assert retrain(Path("moved"), OPTIONS, CaffeTrainer(caffe)) is not None
+        reached = tiny.journal(Path("moved"))[-1]
+        assert (reached["event"], reached["iteration"]) == ("segment", 3)
+        notes: list[str] = []
+        tell = lambda what, details: notes.append(details["text"]) if what == "note" else None  # noqa: E731
+        assert retrain(Path("moved"), OPTIONS, CaffeTrainer(caffe), tell) is not None
+        assert notes == ["conv1: going on from iteration 3 of 6"]
         same_end(Path("moved"), unkilled)
 
     def test_a_finished_run_does_nothing_again(self, finished, unkilled, caffe, monkeypatch):
@@ -408,6 +413,21 @@ class TestFinal:
             again = json.loads(done.stdout)
             assert again["loss"] == pytest.approx(found["loss"], rel=1e-4)
             assert abs(again["top1"] - found["top1"]) <= (0 if engine == "caffe" else 0.01)
+
+    def test_images_that_go_in_untouched_are_pointed_out(self, unkilled, fashion):
+        final = unkilled / "final"
+        files = str(final / "deploy.prototxt"), str(final / "weights.caffemodel")
+        command = [sys.executable, str(tiny.ROOT / "tools/evaluate.py"), *files, "--crop", "24"]
+        for flags, lines in (((), 2), (("--scale", "0.02"), 1)):
+            done = subprocess.run(
+                [*command, *flags, "--data", str(fashion / "test.lmdb")],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            said = done.stdout.splitlines()
+            assert len(said) == lines
+            assert lines == 1 or said[1].startswith("images go in as they are, 0 to 255; else give")
 
     def test_the_plan_in_final_makes_the_final_net(self, unkilled):
         net = Net.load(unkilled / "original/train_val.prototxt")
