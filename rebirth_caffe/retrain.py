@@ -552,15 +552,15 @@ class _Run:
         whole = several(self.options.gpus)  # in one go
         done = self._segments_of(step, attempt=attempt, rate=rate)
         at = done[-1]["iteration"] if done else 0
-        if 0 < at < step.iterations:
-            said = f"{step.stage}: going on from iteration {at:,} of {step.iterations:,}"
-            self.tell("note", {"text": said})
         last = Snapshot(done[-1]["weights"], done[-1]["state"]) if done else None
         losses = [loss for e in done for _, loss in e["losses"]]
         if whole and not done:
             at, last = newest_snapshot(self.home, files.prefix, names) or (0, None)
         elif at < step.iterations:
             files.remove_snapshots(but=(weights, *(last or ())))
+        if 0 < at < step.iterations:
+            said = f"{step.stage}: going on from iteration {at:,} of {step.iterations:,}"
+            self.tell("note", {"text": said})
         while at < step.iterations:
             self._on_the_way(step, attempt, rate, at, reborn, weights if last is None else last.weights)
             stop = step.iterations if whole else min(at + self.options.segment, step.iterations)

@@ -32,6 +32,7 @@ from .solver import (
     trainable,
     with_rates,
 )
+from .transform import Transform, advice
 
 FOLDERS = ("original", "stages")
 SENSITIVITY = "sensitivity.json"  # beside them, where it was asked for (see ``sensitivity``)
@@ -113,7 +114,6 @@ def prepare(net: Net, training: Training) -> Net:
     Raises RebirthError where a database is missing or the solver template is none.
     """
     from .data import open_lmdb
-    from .transform import Transform, advice
 
     solver_text(read_template(training.solver), Schedule(1, 0, "", ""), str(training.solver))
     if training.distil and not any(layer.blobs for layer in net.layers):
@@ -167,8 +167,6 @@ def _same_size(net: Net, transformed: tuple[int, ...], database: str) -> None:
     inputs = [*view.inputs, *(v for x in view.layers if x.type == "Input" for v in view.tops[x])]
     shape = infer(view)[inputs[0]]
     if shape is not None and shape[1:] != transformed:
-        from .transform import advice
-
         raise RebirthError(
             f"{net.path}: takes {by_x(shape[1:])}, the images of {database} are {by_x(transformed)}; "
             f"{advice(transformed, shape[1:])}"

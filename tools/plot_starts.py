@@ -86,9 +86,8 @@ def draw(starts: dict[tuple[str, float], list[Run]], picture: Path) -> None:
             starts.items(), key=lambda item: -mean(r["final"]["top1"] for r in item[1])
         ):
             top1 = [run["final"]["top1"] for run in runs]
-            ends = ", ".join(f"{one:.2%}" for one in top1)
-            if len(runs) > 3:  # the table has them all
-                ends = f"{mean(top1):.2%}, mean of {len(runs)}"
+            few = len(runs) <= 3  # of more the table has each
+            ends = ", ".join(f"{x:.2%}" for x in top1) if few else f"{mean(top1):.2%}, mean of {len(runs)}"
             iterations = [x for x, _ in curve(runs[0])]
             heights = list(zip(*([100 * y for _, y in curve(run)] for run in runs), strict=True))
             # Tests are not timed one by one: an iteration costs the same throughout a run.

@@ -98,9 +98,9 @@ def parse_args() -> argparse.Namespace:
     learning = "--sensitivity" if args.sensitivity else "--init lsq" if args.init == "lsq" else ""
     if learning and not (args.calibration or args.train_data):
         p.error(f"{learning} takes images; give --calibration, or --train-data and --test-data")
-    if args.exact and (learning or args.calibration):
-        p.error(f"{learning or '--calibration'} is of no use with --exact, which leaves nothing to re-train")
-    for name in ("kernel", "reduce", "schedule", "distil", "solver", "iterations"):
+    if args.exact and learning:
+        p.error(f"{learning} is of no use with --exact, which leaves nothing to re-train")
+    for name in ("kernel", "reduce", "calibration", "schedule", "distil", "solver", "iterations"):
         if args.exact and getattr(args, name) is not None:
             p.error(f"--{name} is of no use with --exact, which leaves nothing to re-train")
     for name in ("kernel", "reduce"):
